@@ -1,0 +1,42 @@
+# Two commands do everything, set-up included: `make demo` and `make test`.
+# Behind a package mirror, or to choose torch's CPU or GPU build, configure pip as usual (pip.conf, PIP_* variables).
+
+SHELL := /bin/bash
+VENV  := .venv
+BIN   := $(VENV)/bin
+# The first Python that is new enough; override with `make PYTHON=/path/to/python3.12 demo`.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/headway run examples/gpt.py
+
+test: lint
+	$(BIN)/pytest -n 2 --dist loadgroup
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --warnings
+	$(BIN)/lint-imports --no-logo
+
+bench: $(VENV)/.installed
+	$(BIN)/python bench/prediction_local.py
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "Headway needs Python 3.11 or newer; name it with: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) -e '.[test]'
+	@touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,61 @@
+"""What a plan is predicted to cost, and what a run was measured to cost: the same fields, side by side."""
+
+from __future__ import annotations
+
+from headway.value import Value
+
+__all__ = ["Memory", "Prediction", "StepTime"]
+
+
+class Memory(Value):
+    """Peak bytes on one device, by kind. `workspace_bytes` counts temporaries, allocator rounding included."""
+
+    parameters_bytes: float = 0.0
+    gradients_bytes: float = 0.0
+    optimizer_bytes: float = 0.0
+    activations_bytes: float = 0.0
+    communication_bytes: float = 0.0
+    workspace_bytes: float = 0.0
+
+    @property
+    def total_bytes(self) -> float:
+        return (
+            self.parameters_bytes
+            + self.gradients_bytes
+            + self.optimizer_bytes
+            + self.activations_bytes
+            + self.communication_bytes
+            + self.workspace_bytes
+        )
+
+
+class StepTime(Value):
+    """Seconds of one training step on the rank that bounds it; the parts add up to `step_seconds`.
+
+    `compute_seconds`: forward, backward and recomputation. `communication_seconds`: only what is not hidden behind
+    compute. `bubble_seconds`: waiting for other pipeline stages. `optimizer_seconds`: the update.
+    """
+
+    step_seconds: float
+    compute_seconds: float
+    communication_seconds: float
+    bubble_seconds: float
+    optimizer_seconds: float
+
+
+class Prediction(Value):
+    """A plan's cost: time of a step, memory of each rank, throughput, and what follows from them."""
+
+    time: StepTime
+    memory: tuple[Memory, ...]  # one for each rank
+    samples_per_second: float
+    tokens_per_second: float = 0.0  # 0: the model does not read tokens
+    mfu: float = 0.0  # model FLOP of a step / (step time x peak FLOP/s of all devices); recomputation not counted
+    energy_joules: float = 0.0  # of one step; 0: the devices' power is not known
+    dollars: float = 0.0  # of one step; 0: the devices' price is not known
+    bound: str = ""  # what bounds the step, in one line
+
+    @property
+    def peak_bytes(self) -> float:
+        """Memory of the fullest rank."""
+        return max(memory.total_bytes for memory in self.memory)

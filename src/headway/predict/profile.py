@@ -1,0 +1,692 @@
+"""Measured operator times: the traced graph, run operator by operator on the machine at hand.
+
+`Profile.measure` interprets the graph: one layer of each kind, forward then backward, with real tensors flowing along
+its edges, and times every operator where it stands. So each finds the strides, values and cache contents that it finds
+in a real step. What cannot be replayed keeps its roofline, scaled by how far the replayed operators are from theirs.
+
+On a machine whose ranks share it, `concurrent` processes do the same at the same time: caches and memory are crowded
+as they will be. Results are kept in an SQLite table under the user's cache directory, keyed by hardware, torch
+version, threads and crowd.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import os
+import platform
+import sqlite3
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from headway.errors import FileError
+from headway.hardware.cluster import Accelerator
+from headway.hardware.host import keep_freed_memory
+from headway.predict.operators import (
+    WHOLE,
+    Shards,
+    is_matrix_operator,
+    needs_full_precision,
+    operator_bytes,
+    operator_name,
+    sharded_shape,
+)
+from headway.value import Value
+from headway.workload.graph import Graph, Operator
+
+__all__ = ["CrowdRequest", "Profile", "Replay", "default_cache", "operator_key"]
+
+_REPEATS = 5
+_CACHE_BYTES = 128 * 2**20  # more than the last-level cache of one rank
+# Enough parameters to be out of every cache, few enough to update in a moment.
+_UPDATE_ELEMENTS = 2**24
+# Tables outlive versions of this module: a change of what is measured, or how, needs a new number.
+_VERSION = 3
+
+
+class Profile(Value):
+    """Seconds of operators on one kind of device of this machine.
+
+    `seconds`: key of an operator (see `operator_key`) → samples → seconds. `forward_overhead_seconds` and
+    `backward_overhead_seconds` are what autograd and module calls add to each operator of a real step. `unreplayed`
+    counts the operators that have no measurement, by name. `quiet_share`: time of one process that computes alone, over
+    its time among `concurrent` ones.
+    """
+
+    torch_device: str = "cpu"
+    threads: int = 0
+    concurrent: int = 1
+    seconds: dict[str, dict[int, float]] = {}
+    view_seconds: float = 0.0
+    forward_overhead_seconds: float = 0.0
+    backward_overhead_seconds: float = 0.0
+    optimizer_element_seconds: float = 0.0
+    optimizer_tensor_seconds: float = 0.0
+    unreplayed: dict[str, int] = {}
+    quiet_share: float = 1.0
+
+    def is_of(self, accelerator: Accelerator) -> bool:
+        """Whether these times hold for devices of this kind."""
+        return accelerator.torch_device == self.torch_device
+
+    def operator_seconds(
+        self, operator: Operator, samples: int, degree: int, precision: str, roofline_seconds: float
+    ) -> float:
+        """Seconds of `operator` in a real step, autograd included; between measured sample counts it is interpolated.
+
+        `roofline_seconds` answers for what was not measured.
+        """
+        overhead = self.backward_overhead_seconds if operator.backward else self.forward_overhead_seconds
+        if operator.is_view:
+            return self.view_seconds + overhead
+        found = self.measured_seconds(operator, samples, degree, precision)
+        return (roofline_seconds if found is None else found) + overhead
+
+    def measured_seconds(self, operator: Operator, samples: int, degree: int, precision: str) -> float | None:
+        """Seconds of `operator` called by itself, or None if it was not measured."""
+        measured = self.seconds.get(operator_key(operator, degree if operator.is_sharded else 1, precision))
+        return None if measured is None else _interpolated(operator, measured, samples)
+
+    @classmethod
+    def measure(
+        cls,
+        graph: Graph,
+        *,
+        samples: Sequence[int],
+        degrees: Sequence[int] = (1,),
+        precision: str = "float32",
+        torch_device: str = "cpu",
+        threads: int = 0,
+        concurrent: int = 1,
+        optimizer: str = "AdamW",
+        budget_seconds: float = 10.0,
+        fingerprint: str = "",
+        cache: Path | None = None,
+        refresh: bool = False,
+    ) -> Profile:
+        """Measure the operators of `graph` at each of `samples` and for each tensor-parallel degree of `degrees`.
+
+        `threads`: of torch in one rank (0: as torch chooses). `concurrent`: processes that compute at the same time.
+        `budget_seconds` bounds the measuring as a whole, smallest cases first; what is then missing is interpolated.
+        `cache`: an SQLite file (None: `default_cache()`). Raises FileError if the cache cannot be written.
+        """
+        table = _Table(cache or default_cache(), _context(torch_device, threads, concurrent, fingerprint))
+        known = {} if refresh else table.load()
+        cases = [(count, degree) for degree in sorted(set(degrees)) for count in sorted(set(samples))]
+        missing = [case for case in cases if not _covered(graph, case, precision, known)]
+        update_key = f"update {optimizer} {graph.parameter_count} {len(graph.parameters)}"
+        if missing or update_key not in known:
+            with _threads(threads), _crowd(graph, missing, precision, torch_device, threads, concurrent):
+                fresh = _measure_all(graph, missing, precision, torch_device, budget_seconds)
+                fresh |= _constants(graph, optimizer, update_key, torch_device)
+            with _threads(threads):
+                fresh |= _quiet_share(graph, missing, fresh, precision, torch_device, concurrent, budget_seconds / 8)
+            table.save(fresh)
+            for key, values in fresh.items():
+                known[key] = known.get(key, {}) | values
+        seconds: dict[str, dict[int, float]] = {}
+        unreplayed: Counter[str] = Counter()
+        for operator in graph.operators:
+            for degree in sorted({degree for _, degree in cases}):
+                key = operator_key(operator, degree if operator.is_sharded else 1, precision)
+                if key in known:
+                    seconds[key] = known[key]
+            if not operator.is_view and operator_key(operator, 1, precision) not in known:
+                unreplayed[operator_name(operator)] += 1
+        overheads, update = known[_OVERHEADS], known[update_key]
+        return cls(
+            torch_device=torch_device,
+            threads=threads,
+            concurrent=concurrent,
+            seconds=seconds,
+            view_seconds=overheads[0],
+            forward_overhead_seconds=overheads[1],
+            backward_overhead_seconds=overheads[2],
+            optimizer_element_seconds=update[0],
+            optimizer_tensor_seconds=update[1],
+            unreplayed=dict(unreplayed),
+            quiet_share=known.get(_QUIET, {}).get(0, 1.0),
+        )
+
+
+_OVERHEADS = "overheads"
+_QUIET = "quiet"
+
+
+def operator_key(operator: Operator, degree: int, precision: str) -> str:
+    """What an operator's time depends on, samples aside: name, arguments, shapes and dtypes, precision, sharding."""
+    dims = (*operator.sharded_inputs, -2, *operator.sharded_outputs) if degree > 1 else ()
+    content = (operator.target, operator.arguments, operator.keywords, operator.inputs, degree, dims, precision)
+    return f"{operator_name(operator)} {hashlib.sha256(msgspec.json.encode(content)).hexdigest()[:24]}"
+
+
+def _interpolated(operator: Operator, measured: dict[int, float], samples: int) -> float:
+    found = measured.get(samples)
+    if found is not None:
+        return found
+    points = sorted(measured.items())
+    if len(points) == 1:
+        count, seconds = points[0]
+        size, known = operator.flop.at(samples), operator.flop.at(count)
+        if not known:
+            size, known = operator_bytes(operator, samples), operator_bytes(operator, count)
+        return seconds * size / known if known else seconds
+    position = min(max(bisect.bisect(points, (samples, 0.0)), 1), len(points) - 1)
+    (low, before), (high, after) = points[position - 1], points[position]
+    line = before + (after - before) * (samples - low) / (high - low)
+    # Noise must not make a larger batch cheaper than the smallest that was measured, nor a small one free.
+    return max(line, min(before, after) * min(1.0, samples / low))
+
+
+def default_cache() -> Path:
+    """Where measurements are kept: `profile.sqlite` in $XDG_CACHE_HOME/headway, or ~/.cache/headway."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "headway" / "profile.sqlite"
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+
+
+def _context(torch_device: str, threads: int, concurrent: int, fingerprint: str) -> str:
+    if torch_device == "cuda":
+        machine = torch.cuda.get_device_name()
+    else:
+        machine = f"{platform.machine()} {_processor()} {os.cpu_count()}"
+    parts = (_VERSION, fingerprint or machine, torch.__version__, torch_device, threads, concurrent)
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+class _Table:
+    """Measurements of one context in an SQLite file that processes may share."""
+
+    def __init__(self, path: Path, context: str) -> None:
+        self.path = path
+        self.context = context
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with closing(sqlite3.connect(self.path, timeout=30)) as connection, connection:
+                connection.execute(
+                    "create table if not exists seconds (context text, key text, samples integer, seconds real, "
+                    "primary key (context, key, samples)) without rowid"
+                )
+                yield connection
+        except (sqlite3.Error, OSError) as error:
+            raise FileError(
+                f"the cache of measurements cannot be used: {error}",
+                place=str(self.path),
+                remedy="delete the file, free some space, or set XDG_CACHE_HOME to a folder you can write to",
+            ) from error
+
+    def load(self) -> dict[str, dict[int, float]]:
+        found: dict[str, dict[int, float]] = defaultdict(dict)
+        with self._open() as connection:
+            query = "select key, samples, seconds from seconds where context = ?"
+            for key, samples, seconds in connection.execute(query, (self.context,)):
+                found[key][samples] = seconds
+        return dict(found)
+
+    def save(self, measured: dict[str, dict[int, float]]) -> None:
+        rows = [
+            (self.context, key, samples, seconds)
+            for key, values in measured.items()
+            for samples, seconds in values.items()
+        ]
+        with self._open() as connection:
+            connection.executemany("insert or replace into seconds values (?, ?, ?, ?)", rows)
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+
+class CrowdRequest(Value):
+    """What a further process replays while this one measures."""
+
+    graph: Graph
+    samples: int
+    degree: int
+    precision: str
+    threads: int
+
+
+def _positions(graph: Graph) -> list[int]:
+    """Operators to replay, in order of execution: of up to three layers of each kind."""
+    seen: Counter[str] = Counter()
+    chosen: set[int] = set()
+    for at, layer in enumerate(graph.layers):
+        kind = layer.signature or str(at)
+        seen[kind] += 1
+        if seen[kind] <= 3:
+            chosen.update(layer.forward)
+            chosen.update(layer.backward)
+    return sorted(chosen)
+
+
+def _covered(graph: Graph, case: tuple[int, int], precision: str, known: dict[str, dict[int, float]]) -> bool:
+    """Whether a case has been measured before: a marker says so, as some operators cannot be replayed."""
+    return case[0] in known.get(_marker(graph, case[1], precision), {})
+
+
+def _marker(graph: Graph, degree: int, precision: str) -> str:
+    digest = hashlib.sha256()
+    for position in _positions(graph):
+        digest.update(operator_key(graph.operators[position], degree, precision).encode())
+    return f"graph {digest.hexdigest()[:24]}"
+
+
+@contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _crowd(
+    graph: Graph, cases: Sequence[tuple[int, int]], precision: str, torch_device: str, threads: int, concurrent: int
+) -> Iterator[None]:
+    """`concurrent` - 1 further processes that replay the same graph for as long as the block runs."""
+    if concurrent <= 1 or not cases or torch_device != "cpu":
+        yield
+        return
+    samples, degree = cases[len(cases) // 2]
+    request = msgspec.json.encode(
+        CrowdRequest(graph=graph, samples=samples, degree=degree, precision=precision, threads=threads)
+    )
+    others: list[subprocess.Popen[bytes]] = []
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else dict(os.environ)
+    try:
+        for _ in range(concurrent - 1):
+            others.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "headway.predict.crowd"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    env=environment,
+                )
+            )
+        for other in others:
+            assert other.stdin is not None
+            other.stdin.write(len(request).to_bytes(8, "little") + request)
+            other.stdin.flush()
+        for other in others:
+            assert other.stdout is not None
+            # One byte when it is at work; nothing when it failed: then the crowd is smaller, and stderr says why.
+            other.stdout.read(1)
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.communicate()
+
+
+def _measure_all(
+    graph: Graph, cases: Sequence[tuple[int, int]], precision: str, torch_device: str, budget_seconds: float
+) -> dict[str, dict[int, float]]:
+    keep_freed_memory()
+    measured: dict[str, dict[int, float]] = defaultdict(dict)
+    start = time.perf_counter()
+    last = 0.0
+    for done, (samples, degree) in enumerate(cases):
+        spent = time.perf_counter() - start
+        # The next case takes about twice as long as the last; what is left out is extrapolated.
+        if done and spent + 2 * last > budget_seconds:
+            break
+        replay = Replay(graph, samples, degree, precision, torch_device)
+        replay.run()
+        passes: dict[str, list[float]] = defaultdict(list)
+        share = (budget_seconds - spent) / (len(cases) - done)
+        began = time.perf_counter()
+        for repeat in range(_REPEATS):
+            for key, seconds in replay.run().items():
+                passes[key].append(seconds)
+            elapsed = time.perf_counter() - began
+            if repeat and elapsed + elapsed / (repeat + 1) > share:
+                break
+        for key, values in passes.items():
+            measured[key][samples] = statistics.median(values)
+        measured[_marker(graph, degree, precision)][samples] = 1.0
+        last = time.perf_counter() - start - spent
+    return dict(measured)
+
+
+def _quiet_share(
+    graph: Graph, cases: Sequence[tuple[int, int]], crowded: dict[str, dict[int, float]], precision: str,
+    torch_device: str, concurrent: int, budget_seconds: float,
+) -> dict[str, dict[int, float]]:  # fmt: skip
+    """Measure one of the cases again, without the crowd."""
+    if concurrent <= 1 or not cases or torch_device != "cpu":
+        return {}
+    samples, degree = cases[0]
+    marker = _marker(graph, degree, precision)
+    quiet = _measure_all(graph, [(samples, degree)], precision, torch_device, budget_seconds)
+    both = [key for key in quiet if key != marker and samples in crowded.get(key, {})]
+    alone, among = (sum(times[key][samples] for key in both) for times in (quiet, crowded))
+    return {_QUIET: {0: min(1.0, alone / among)}} if among else {}
+
+
+class Replay:
+    """Runs some layers of a graph, operator by operator, with real tensors flowing along its edges."""
+
+    def __init__(self, graph: Graph, samples: int, degree: int, precision: str, torch_device: str) -> None:
+        self.graph = graph
+        self.samples = samples
+        self.precision = precision
+        self.device = torch.device(torch_device)
+        self.shards = Shards(degree, frozenset(range(len(graph.blocks)))) if degree > 1 else WHOLE
+        self.positions = _positions(graph)
+        self.keys = {
+            at: operator_key(graph.operators[at], degree if graph.operators[at].is_sharded else 1, precision)
+            for at in self.positions
+        }
+        self.parameters = {parameter.tensor for parameter in graph.parameters if parameter.tensor >= 0}
+        self.given: dict[int, torch.Tensor] = {}  # tensors that no replayed operator makes
+        self.refused: set[int] = set()
+        self.last_use: dict[int, int] = {}
+        for at in self.positions:
+            for tensor in graph.operators[at].input_tensors:
+                self.last_use[tensor] = at
+        # What nobody reads (gradients of parameters) stays until the pass ends, as it stays until the update.
+        self.flush = torch.empty(0 if torch_device != "cpu" else _CACHE_BYTES // 4)
+
+    def run(self) -> dict[str, float]:
+        """One pass: key of each operator that could be replayed, and its mean time in seconds."""
+        live: dict[int, torch.Tensor] = {}
+        total: dict[str, float] = defaultdict(float)
+        count: Counter[str] = Counter()
+        pending: list[tuple[str, Any, Any]] = []
+        with torch.no_grad():
+            # The update comes between two steps, and leaves nothing of the last one in the caches.
+            self.flush.fill_(0.0)
+            for at in self.positions:
+                operator = self.graph.operators[at]
+                inputs = [self._input(operator, index, live) for index in range(len(operator.inputs))]
+                seconds = self._execute(at, operator, inputs, live, pending)
+                if seconds is not None and not operator.is_view:
+                    total[self.keys[at]] += seconds
+                    count[self.keys[at]] += 1
+                for tensor in (*operator.input_tensors, *operator.output_tensors):
+                    if self.last_use.get(tensor) == at:
+                        live.pop(tensor, None)
+        if pending:
+            torch.cuda.synchronize()
+            for key, start, stop in pending:
+                total[key] += start.elapsed_time(stop) / 1e3
+                count[key] += 1
+        return {key: total[key] / count[key] for key in total}
+
+    def _input(self, operator: Operator, index: int, live: dict[int, torch.Tensor]) -> torch.Tensor:
+        identity = operator.input_tensors[index] if index < len(operator.input_tensors) else -1
+        found = live.get(identity)
+        if found is not None:
+            return found
+        key = identity if identity >= 0 else -1 - index
+        found = self.given.get(key)
+        dims = operator.sharded_inputs if self.shards.of(operator) > 1 else ()
+        dim = dims[index] if dims else -1
+        shape = sharded_shape(operator.inputs[index], self.samples, dim, self.shards.degree)
+        if found is None or tuple(found.shape) != shape:
+            made = _random(operator, index, shape, self.samples, identity in self.parameters).to(self.device)
+            # Tensors of one number are one tensor; what has no number is made once for each shape.
+            found = self.given[key] = made
+        return found
+
+    def _execute(
+        self, at: int, operator: Operator, inputs: list[torch.Tensor], live: dict[int, torch.Tensor],
+        pending: list[tuple[str, Any, Any]],
+    ) -> float | None:  # fmt: skip
+        if at in self.refused:
+            return None
+        try:
+            function = _function(operator.target)
+            swap = self._swap(operator)
+            arguments, keywords = _call(function, operator, inputs, self.samples, swap)
+            casts = self._casts(operator, function)
+            if self.device.type == "cuda":
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin.record()
+                result = function(*casts(arguments), **casts(keywords))
+                end.record()
+                if not operator.is_view:
+                    pending.append((self.keys[at], begin, end))
+                seconds = None
+            else:
+                start = time.perf_counter()
+                result = function(*casts(arguments), **casts(keywords))
+                seconds = time.perf_counter() - start
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError):
+            # Not every call can be made again (a size that sharding changes, a layout that the trace does not keep).
+            # Its roofline stands in, `Profile.unreplayed` names it, and what it should make is made up on demand.
+            self.refused.add(at)
+            return None
+        results = result if isinstance(result, tuple | list) else [result]
+        made = [item for item in results if isinstance(item, torch.Tensor)]
+        for identity, tensor in zip(operator.output_tensors, made):
+            live[identity] = tensor
+        return seconds
+
+    def _swap(self, operator: Operator) -> dict[tuple[int, ...], tuple[int, ...]]:
+        """Whole shapes to sharded ones, for operators that are told the shape of their result."""
+        degree = self.shards.of(operator)
+        if degree == 1:
+            return {}
+        pairs = zip((*operator.inputs, *operator.outputs), (*operator.sharded_inputs, *operator.sharded_outputs))
+        return {
+            kind.shape(self.samples): sharded_shape(kind, self.samples, dim, degree) for kind, dim in pairs if dim >= 0
+        }
+
+    def _casts(self, operator: Operator, function: Any) -> Callable[[Any], Any]:
+        """What autocast does to the arguments; it is timed, as it takes time in a real step too."""
+        if self.precision == "float32" or operator.is_view:
+            return lambda tree: tree
+        if is_matrix_operator(operator):
+            # The statistics that attention keeps for its backward pass stay in float32.
+            names = [argument.name for argument in function._schema.arguments]
+            whole = names.index("logsumexp") if "logsumexp" in names else -1
+
+            def lower(tree: Any) -> Any:
+                if isinstance(tree, list):
+                    return [
+                        item if at == whole else _map_floating(item, torch.bfloat16) for at, item in enumerate(tree)
+                    ]
+                return _map_floating(tree, torch.bfloat16)
+
+            return lower
+        if needs_full_precision(operator):
+            return lambda tree: _map_floating(tree, torch.float32)
+        return lambda tree: tree
+
+
+def _map_floating(tree: Any, dtype: torch.dtype) -> Any:
+    if isinstance(tree, torch.Tensor):
+        return tree.to(dtype) if tree.is_floating_point() else tree
+    if isinstance(tree, list | tuple):
+        return type(tree)(_map_floating(item, dtype) for item in tree)
+    if isinstance(tree, dict):
+        return {name: _map_floating(item, dtype) for name, item in tree.items()}
+    return tree
+
+
+def _random(operator: Operator, index: int, shape: tuple[int, ...], samples: int, is_parameter: bool) -> torch.Tensor:
+    dtype = getattr(torch, operator.inputs[index].dtype)
+    if dtype.is_floating_point or dtype.is_complex:
+        made = torch.randn(shape) * 0.02 if is_parameter else torch.rand(shape) + 0.5
+        return made.to(dtype)
+    if dtype is torch.bool:
+        return torch.rand(shape) < 0.5
+    # Indices: zero is always valid; where the range is known, values spread over it as real ones do.
+    return torch.randint(_index_range(operator, index, samples), shape, dtype=dtype)
+
+
+def _index_range(operator: Operator, index: int, samples: int) -> int:
+    name = operator_name(operator)
+    if name == "embedding" and index == 1:
+        return operator.inputs[0].shape(samples)[0]
+    if name == "embedding_dense_backward" and index == 1:
+        rows = operator.arguments[2]
+        return rows if isinstance(rows, int) else 1
+    if name.startswith("nll_loss"):
+        target = 2 if name.endswith("backward") else 1
+        classes = operator.inputs[target - 1].shape(samples)
+        return classes[1] if index == target and len(classes) > 1 else 1
+    return 1
+
+
+def _function(target: str) -> Any:
+    found: Any = torch.ops
+    for part in target.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _call(
+    function: Any, operator: Operator, inputs: list[torch.Tensor], samples: int,
+    swap: dict[tuple[int, ...], tuple[int, ...]],
+) -> tuple[list[Any], dict[str, Any]]:  # fmt: skip
+    """`Operator.arguments` and `keywords` as torch takes them."""
+    schema = function._schema.arguments
+    types = {argument.name: str(argument.type) for argument in schema}
+    device = next((tensor.device for tensor in inputs), torch.device("cpu"))
+
+    def decode(value: Any, kind: str) -> Any:
+        if isinstance(value, dict):
+            if "tensor" in value:
+                return inputs[value["tensor"]]
+            if "dtype" in value:
+                return getattr(torch, value["dtype"])
+            return value["fixed"] + value["per_sample"] * samples
+        if isinstance(value, list | tuple):
+            items = [decode(item, kind) for item in value]
+            if swap and all(isinstance(item, int) for item in items):
+                return list(swap.get(tuple(items), items))
+            return items
+        if isinstance(value, str) and "str" not in kind:
+            if "Device" in kind or value.split(":")[0] in ("cpu", "cuda", "meta"):
+                return device
+            return float(value) if value in ("inf", "-inf", "nan") else getattr(torch, value)
+        return value
+
+    names = [argument.name for argument in schema]
+    arguments = [decode(value, types[names[at]]) for at, value in enumerate(operator.arguments)]
+    return arguments, {name: decode(value, types.get(name, "")) for name, value in operator.keywords.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- constants
+
+
+def _timed(action: Callable[[], Any], device: str, repeats: int = 30) -> float:
+    """Median seconds of `action`."""
+    values = []
+    for repeat in range(repeats + 3):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        action()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if repeat >= 3:
+            values.append(time.perf_counter() - start)
+    return statistics.median(values)
+
+
+def _constants(graph: Graph, optimizer: str, update_key: str, device: str) -> dict[str, dict[int, float]]:
+    return {
+        _OVERHEADS: dict(enumerate(_overheads(device))),
+        update_key: dict(enumerate(_update(graph, optimizer, device))),
+    }
+
+
+def _overheads(device: str) -> tuple[float, float, float]:
+    """Seconds of a view, and what autograd and modules add to each operator going forward and backward.
+
+    Measured on a stack of layers so small that their operators cost next to nothing, against the same operators called
+    directly. On a GPU the host runs ahead, so nothing is added there.
+    """
+    depth, width = 16, 8
+    weight, bias, x = torch.randn(width, width), torch.randn(width), torch.randn(2, width)
+    aten = torch.ops.aten
+    with torch.no_grad():
+        view = _timed(lambda: [aten.t.default(weight) for _ in range(100)], "cpu") / 100
+    if device != "cpu":
+        return view, 0.0, 0.0
+    stack = torch.nn.Sequential()
+    for _ in range(depth):
+        stack.extend([torch.nn.Linear(width, width), torch.nn.Tanh()])
+
+    def there() -> torch.Tensor:
+        return stack(x)
+
+    def plain_there() -> None:
+        y = x
+        for _ in range(depth):
+            y = aten.tanh.default(aten.addmm.default(bias, y, aten.t.default(weight)))
+
+    def plain_back() -> None:
+        gradient = x
+        for _ in range(depth):
+            gradient = aten.tanh_backward.default(gradient, x)
+            aten.view.default(aten.sum.dim_IntList(gradient, [0], True), [width])
+            aten.t.default(aten.t.default(aten.mm.default(aten.t.default(gradient), x)))
+            gradient = aten.mm.default(gradient, aten.t.default(aten.t.default(weight)))
+
+    forward = _timed(there, device)
+    with torch.no_grad():
+        bare_forward = _timed(plain_there, device)
+        bare_backward = _timed(plain_back, device)
+
+    def both() -> None:
+        stack.zero_grad(set_to_none=True)
+        there().sum().backward()
+
+    backward = _timed(both, device) - forward
+    return view, max(0.0, forward - bare_forward) / (3 * depth), max(0.0, backward - bare_backward) / (10 * depth)
+
+
+def _update(graph: Graph, name: str, device: str) -> tuple[float, float]:
+    """Seconds that one optimizer step takes for each element, and for each tensor."""
+    kind = getattr(torch.optim, name, None)
+    if kind is None:
+        return 0.0, 0.0
+
+    def step(shapes: Iterable[tuple[int, ...]], repeats: int) -> float:
+        parameters = [torch.zeros(shape, device=device, requires_grad=True) for shape in shapes]
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        return _timed(kind(parameters, lr=1e-3).step, device, repeats)
+
+    tiny = step([(4,)] * 64, 10) / 64
+    shapes: list[tuple[int, ...]] = []
+    elements = 0
+    for parameter in graph.parameters:
+        if parameter.trainable and elements + parameter.elements <= _UPDATE_ELEMENTS:
+            shapes.append(parameter.shape)
+            elements += parameter.elements
+    if not elements:
+        shapes, elements = [(_UPDATE_ELEMENTS // 8,)], _UPDATE_ELEMENTS // 8
+    whole = step(shapes, 5)
+    return max(whole - tiny * len(shapes), 0.05 * whole) / elements, tiny

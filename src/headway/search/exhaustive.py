@@ -1,0 +1,456 @@
+"""Branch and bound over all plans: best first, and nothing is left out that could be among the best.
+
+The space is a tree: meshes (devices and degrees), in each of them groups (schedule and micro-batch), in each of them
+ZeRO stages. Every node has a lower bound on what the goal counts. The node with the least bound is opened next; once
+that bound is worse than the worst of the best `keep` plans found so far, so is everything that is still closed, and
+the search ends (Land and Doig, Econometrica 1960). Only plans whose bound is in the way are predicted in full.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from headway.plan.plan import Plan, Stage
+from headway.predict.pipeline import in_flight
+from headway.predict.prediction import Memory, Prediction
+from headway.predict.step import Predictor
+from headway.search.bounds import Bounds
+from headway.search.ranking import Candidate, Goal
+from headway.search.space import Group, Mesh, Placement, Space
+from headway.search.stages import balanced_cuts, stage_costs
+
+__all__ = ["Found", "MeshRecord", "Misfit", "exhaustive_search"]
+
+# So many meshes that a bound rules out are looked into nevertheless, up to so many plans each, to name the reason.
+_EXPLAINED_MESHES = 8
+_EXPLAINED_PLANS = 6
+
+# Key figures of a plan, smaller is better: what the goal counts, then what decides between equals.
+Figures = tuple[float, float]
+
+
+class Misfit(NamedTuple):
+    """A plan that does not fit, the rank that lacks most, what it needs and how many bytes it lacks."""
+
+    excess_bytes: float
+    plan: Plan
+    memory: Memory
+    rank: int
+
+
+class _Attempt(NamedTuple):
+    """A plan and the memory that it needs; `over`: bytes that each pipeline rank lacks (negative: has left)."""
+
+    plan: Plan
+    memory: tuple[Memory, ...]
+    over: np.ndarray
+    rank: int  # the one that lacks most
+    peak_bytes: float
+    excess_bytes: float
+    fits: bool
+
+
+class MeshRecord:
+    """What the search learnt about one mesh."""
+
+    def __init__(self, mesh: Mesh, plans: int, bound_seconds: float) -> None:
+        self.mesh = mesh
+        self.plans = plans
+        self.bound_seconds = bound_seconds
+        self.open_bound: Figures | None = None  # least bound of what was never predicted
+        self.excess_bytes = math.inf  # least excess of what was left out by a bound on memory
+        self.excess_of = ""  # and what that bound counted
+        self.best: tuple[Figures, Candidate] | None = None
+        self.misfit: Misfit | None = None
+
+
+class Found(NamedTuple):
+    """The best plans with their figures, best first, and how the search went."""
+
+    best: tuple[tuple[Figures, Candidate], ...]
+    records: tuple[MeshRecord, ...]
+    impossible: tuple[tuple[Mesh, str], ...]
+    totals: dict[str, int]
+    considered: int
+    evaluated: int
+
+
+class _Node(NamedTuple):
+    bound: Figures
+    order: int  # no two nodes share it: what follows is never compared
+    record: MeshRecord
+    group: Group | None
+    exact_cuts: bool
+
+
+def exhaustive_search(
+    space: Space,
+    predictor: Predictor,
+    *,
+    goal: Goal = "time",
+    keep: int = 5,
+    limited: bool = True,
+    prune: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Found:
+    """The best `keep` plans of a space that fit into memory.
+
+    `limited=False` ignores how much memory there is. `prune=False` predicts every plan of the space: the same answer,
+    slowly. `progress` is called with the number of plans settled and the number of all plans.
+    """
+    return _Search(space, predictor, goal, keep, limited, prune, progress).run()
+
+
+class _Search:
+    def __init__(
+        self, space: Space, predictor: Predictor, goal: Goal, keep: int, limited: bool, prune: bool,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:  # fmt: skip
+        self.space = space
+        self.predictor = predictor
+        self.bounds = Bounds(space, predictor)
+        self.goal = goal
+        self.keep = keep
+        self.limited = limited
+        self.prune = prune
+        self.progress = progress
+        self.best: list[tuple[Figures, int, Candidate]] = []
+        self.evaluated = 0
+        self.settled = 0
+        self.order = 0
+        self.totals = {"does not fit": 0, "worse": 0, "worse by a bound": 0}
+        self.priced = all(kind.dollars_per_hour for kind in space.cluster.accelerators.values())
+        self._stages: dict[tuple, Stage] = {}
+        self._room: dict[Placement, np.ndarray] = {}
+
+    # ----------------------------------------------------------------------------------------------------- figures
+
+    def _rate(self, placement: Placement) -> float:
+        """What a second on these devices costs: dollars, or device-seconds where a price is not known."""
+        return placement.dollars_per_hour / 3600 if self.priced else float(len(placement.devices))
+
+    def _figures(self, placement: Placement, prediction: Prediction, peak: float) -> Figures:
+        seconds = prediction.time.step_seconds
+        if self.goal == "memory":
+            return peak, seconds
+        if self.goal == "cost":
+            return seconds * self._rate(placement), peak
+        return seconds, peak
+
+    def _bound(self, placement: Placement, seconds: float, state_bytes: float) -> Figures:
+        if self.goal == "memory":
+            return state_bytes, seconds
+        if self.goal == "cost":
+            return seconds * self._rate(placement), 0.0
+        return seconds, 0.0
+
+    def _hopeless(self, bound: Figures) -> bool:
+        return self.prune and len(self.best) == self.keep and bound > self.best[-1][0]
+
+    # -------------------------------------------------------------------------------------------------------- tree
+
+    def run(self) -> Found:
+        records: list[MeshRecord] = []
+        impossible: list[tuple[Mesh, str]] = []
+        heap: list[_Node] = []
+        for count in self.space.counts:
+            for placement in self.space.placements(count):
+                for mesh, obstacle in self.space.meshes(placement):
+                    if obstacle:
+                        impossible.append((mesh, obstacle))
+                        continue
+                    plans = len(self.space.groups(mesh)) * len(self.space.zero_stages(mesh))
+                    record = MeshRecord(mesh, plans, self.bounds.mesh_seconds(mesh))
+                    records.append(record)
+                    self._push(heap, record, record.bound_seconds, None, False)
+        considered = sum(record.plans for record in records)
+        while heap:
+            node = heapq.heappop(heap)
+            if self._hopeless(node.bound):
+                # Every other node has at least this bound.
+                self._explain([node, *heap])
+                break
+            self._open(heap, node)
+            if self.progress is not None:
+                self.progress(self.settled, considered)
+        if self.progress is not None:
+            self.progress(considered, considered)
+        return Found(
+            best=tuple((figures, candidate) for figures, _, candidate in self.best),
+            records=tuple(records),
+            impossible=tuple(impossible),
+            totals={reason: count for reason, count in self.totals.items() if count},
+            considered=considered,
+            evaluated=self.evaluated,
+        )
+
+    def _push(self, heap: list[_Node], record: MeshRecord, seconds: float, group: Group | None, exact: bool) -> None:
+        mesh = record.mesh
+        held = min(self._least_bytes(mesh, group, zero) for zero in self.space.zero_stages(mesh))
+        self.order += 1
+        bound = self._bound(mesh.placement, seconds, held)
+        heapq.heappush(heap, _Node(bound, self.order, record, group, exact))
+
+    def _open(self, heap: list[_Node], node: _Node) -> None:
+        record, group = node.record, node.group
+        mesh = record.mesh
+        if group is None:
+            if self._too_full(record):
+                return
+            for child in self.space.groups(mesh):
+                self._push(heap, record, self.bounds.group_seconds(mesh, child), child, False)
+        elif not node.exact_cuts and mesh.pipeline > 1 and self._has_room(mesh, group):
+            seconds = max(self.bounds.group_seconds(mesh, group), self.bounds.cut_seconds(mesh, group))
+            self._push(heap, record, seconds, group, True)
+        else:
+            for zero in self.space.zero_stages(mesh):
+                self._settle(record, group, zero)
+
+    def _explain(self, closed: list[_Node]) -> None:
+        """Look into the likeliest of the meshes that stay closed, only to say what is wrong with them."""
+        widest = max(self.space.counts)
+        of_record: dict[int, list[_Node]] = {}
+        for node in sorted(closed):
+            of_record.setdefault(id(node.record), []).append(node)
+        explained = 0
+        for nodes in of_record.values():
+            record = nodes[0].record
+            wanted = record.best is None and record.misfit is None and len(record.mesh.placement.devices) == widest
+            if wanted and explained < _EXPLAINED_MESHES:
+                explained += 1
+                limit = self.evaluated + _EXPLAINED_PLANS
+                while nodes and record.best is None and self.evaluated < limit:
+                    self._open(nodes, heapq.heappop(nodes))
+            for node in nodes:
+                self._leave(node)
+
+    def _has_room(self, mesh: Mesh, group: Group) -> bool:
+        if not self.limited or not self.prune:
+            return True
+        return min(self._lacking(mesh, group, zero) for zero in self.space.zero_stages(mesh)) <= 0
+
+    def _leave(self, node: _Node) -> None:
+        record = node.record
+        if node.group is None and self._too_full(record):
+            return
+        zeros = len(self.space.zero_stages(record.mesh))
+        plans = record.plans if node.group is None else zeros
+        self.totals["worse by a bound"] += plans
+        record.open_bound = node.bound if record.open_bound is None else min(record.open_bound, node.bound)
+
+    def _too_full(self, record: MeshRecord) -> bool:
+        """Whether the states alone leave no plan of a mesh any room."""
+        if not self.limited or not self.prune:
+            return False
+        lacks = [self._lacking(record.mesh, None, zero) for zero in self.space.zero_stages(record.mesh)]
+        if min(lacks) <= 0:
+            return False
+        record.excess_bytes, record.excess_of = min(lacks), "parameters, gradients and optimizer states alone"
+        self.totals["does not fit"] += record.plans
+        self.settled += record.plans
+        return True
+
+    def _least_bytes(self, mesh: Mesh, group: Group | None, zero: int) -> float:
+        if group is None:
+            return self.bounds.state_bytes(mesh, zero)
+        return self.bounds.group_bytes(mesh, group, zero)
+
+    def _lacking(self, mesh: Mesh, group: Group | None, zero: int) -> float:
+        return self._least_bytes(mesh, group, zero) - float(np.max(self._room_of(mesh.placement)))
+
+    # ------------------------------------------------------------------------------------------------------ leaves
+
+    def _settle(self, record: MeshRecord, group: Group, zero: int) -> None:
+        self.settled += 1
+        mesh = record.mesh
+        if self.limited and self.prune:
+            lacks = self._lacking(mesh, group, zero)
+            if lacks > 0:
+                if lacks < record.excess_bytes:
+                    record.excess_bytes, record.excess_of = lacks, "its states and the least activations"
+                self.totals["does not fit"] += 1
+                return
+        chosen, nearest = self._choose(mesh, group, zero)
+        if chosen is None:
+            self.totals["does not fit"] += 1
+            if record.misfit is None or nearest.excess_bytes < record.misfit.excess_bytes:
+                record.misfit = Misfit(nearest.excess_bytes, nearest.plan, nearest.memory[nearest.rank], nearest.rank)
+            return
+        peak = chosen.peak_bytes
+        known = record.best is not None and record.best[0][0] <= peak
+        if self.goal == "memory" and (known or not self.limited) and self._hopeless((peak, 0.0)):
+            # Only the time is not known, and it decides between equals alone.
+            self.totals["worse"] += 1
+            return
+        self.evaluated += 1
+        candidate = Candidate(plan=chosen.plan, prediction=self.predictor.predict(chosen.plan))
+        figures = self._figures(mesh.placement, candidate.prediction, peak)
+        if record.best is None or figures < record.best[0]:
+            record.best = (figures, candidate)
+        self.order += 1
+        self.best.append((figures, self.order, candidate))
+        self.best.sort(key=lambda entry: entry[:2])
+        if len(self.best) > self.keep:
+            self.best.pop()
+            self.totals["worse"] += 1
+
+    def _choose(self, mesh: Mesh, group: Group, zero: int) -> tuple[_Attempt | None, _Attempt]:
+        """The plan of a leaf that recomputes least and fits (or None), and the one that comes nearest to fitting.
+
+        Memory alone decides, so nothing is timed here. For the goal "memory" the plan that needs least is chosen.
+        """
+        cuts = self.bounds.cuts(mesh, group)
+        wanted = self.space.constraints.recompute
+        everything = frozenset(range(self.space.layers))
+
+        def attempt(cuts: tuple[int, ...], recompute: frozenset[int]) -> _Attempt:
+            return self._attempt(mesh, self._plan(mesh, group, zero, cuts, recompute))
+
+        if wanted != "any":
+            only = attempt(cuts, everything if wanted == "full" else frozenset())
+            return (only if only.fits else None), only
+        plain = attempt(cuts, frozenset())
+        if plain.fits and self.goal != "memory":
+            return plain, plain
+        full = attempt(cuts, everything)
+        tried = [full, plain]
+        if not full.fits and not plain.fits:
+            other = self._roomier_cuts(mesh, group, zero, full.over)
+            if other is not None and other != cuts:
+                cuts = other
+                plain, full = attempt(cuts, frozenset()), attempt(cuts, everything)
+                tried += [full, plain]
+        fitting = [one for one in tried if one.fits]
+        if not fitting:
+            return None, min(tried, key=lambda one: one.excess_bytes)
+        if self.goal == "memory":
+            least = min(fitting, key=lambda one: one.peak_bytes)
+            return least, least
+        if plain.fits:
+            return plain, plain
+        less = self._recompute_less(mesh, group, cuts, plain.over, attempt)
+        return less or full, full
+
+    def _attempt(self, mesh: Mesh, plan: Plan) -> _Attempt:
+        memory = self.predictor.memory(plan)
+        over, rank, peak = self._over(mesh, memory)
+        excess = float(np.max(over))
+        return _Attempt(plan, memory, over, rank, peak, excess, excess <= 0 or not self.limited)
+
+    def _recompute_less(
+        self, mesh: Mesh, group: Group, cuts: tuple[int, ...], over_plain: np.ndarray,
+        attempt: Callable[[tuple[int, ...], frozenset[int]], _Attempt],
+    ) -> _Attempt | None:  # fmt: skip
+        """Recompute just as many layers on each pipeline rank as make it fit, those first that free most per second."""
+        p = mesh.pipeline
+        held = [
+            [layer for stage in range(rank, len(cuts) - 1, p) for layer in range(cuts[stage], cuts[stage + 1])]
+            for rank in range(p)
+        ]
+        worth = self._worth(mesh, group)
+        for layers in held:
+            layers.sort(key=lambda layer: (-worth[layer], layer))
+        # Bisection on all ranks at once: what one recomputes changes nothing for the others.
+        enough = np.where(over_plain > 0, [len(layers) for layers in held], 0)
+        too_few = np.where(over_plain > 0, 0, -1)
+
+        def with_counts(counts: np.ndarray) -> _Attempt:
+            chosen = (layer for layers, count in zip(held, counts, strict=True) for layer in layers[:count])
+            return attempt(cuts, frozenset(chosen))
+
+        while np.any(enough - too_few > 1):
+            tried = np.where(enough - too_few > 1, (enough + too_few) // 2, enough)
+            fits = with_counts(tried).over <= 0
+            enough = np.where(fits, tried, enough)
+            too_few = np.where(fits, too_few, tried)
+        found = with_counts(enough)
+        return found if found.fits else None
+
+    def _worth(self, mesh: Mesh, group: Group) -> list[float]:
+        """Bytes that recomputing each layer frees, for each second of its forward pass."""
+        kind = mesh.placement.kinds[0]
+        forward, _ = self.predictor.layer_seconds(
+            kind, group.micro_batch, self.bounds.shards(mesh.tensor), self.space.precision,
+            crowded=len(mesh.placement.devices) > 1,
+        )  # fmt: skip
+        seconds = np.maximum(np.diff(forward), 1e-12)
+        saved = np.array([layer.saved.at(group.micro_batch) for layer in self.bounds.graph.layers])
+        # Layers of one signature differ by the rounding of their sums only.
+        return [float(f"{value:.6g}") for value in saved / seconds]
+
+    def _roomier_cuts(self, mesh: Mesh, group: Group, zero: int, over: np.ndarray) -> tuple[int, ...] | None:
+        """The fastest cut whose stages fit, by an estimate, with everything recomputed; None if there is no such cut.
+
+        Cuts that balance time may load one device with more states than it can hold (the embedding of a large
+        vocabulary computes nothing and weighs much) while others have room.
+        """
+        if mesh.pipeline == 1 or group.virtual_stages > 1 or not np.any(over < 0):
+            return None
+        sizes, graph, size = self.predictor.sizes, self.bounds.graph, group.micro_batch
+        shards = self.bounds.shards(mesh.tensor)
+        own = [sizes.parameters(at, at + 1, shards) for at in range(self.space.layers)]
+        weights = stage_costs([part.bytes + part.trainable_bytes for part in own])
+        optimizer = self.space.workload.optimizer
+        elements = np.array([part.trainable_elements for part in own]) / (mesh.data if zero else 1)
+        states = stage_costs(elements * optimizer.state_bytes_per_element)
+        temporary = stage_costs(elements * optimizer.temporary_bytes_per_element)
+        entering = stage_costs([0.0 if layer.input is None else layer.input.bytes(size) for layer in graph.layers])
+        working = max(layer.saved.at(size) for layer in graph.layers) / mesh.tensor
+        room = self._room_of(mesh.placement).reshape(mesh.pipeline, -1).min(axis=1)
+        costs = []
+        for rank, cost in enumerate(self.bounds.costs(mesh, 1, size)):
+            flights = sum(in_flight(group.schedule, rank, mesh.pipeline, 1, group.micro_batches))
+            # The update comes when no activations are left.
+            needed = weights + states + np.maximum(entering * flights + working, temporary)
+            costs.append(np.where(needed <= room[rank], cost, np.inf))
+        return balanced_cuts(costs)
+
+    # ------------------------------------------------------------------------------------------------------- plans
+
+    def _plan(self, mesh: Mesh, group: Group, zero: int, cuts: tuple[int, ...], recompute: frozenset[int]) -> Plan:
+        return Plan(
+            model=self.space.workload.graph.name,
+            devices=mesh.placement.devices,
+            global_batch=self.space.workload.global_batch,
+            micro_batch=group.micro_batch,
+            stages=tuple(self._stage(start, stop, recompute) for start, stop in pairwise(cuts)),
+            data=mesh.data,
+            tensor=mesh.tensor,
+            pipeline=mesh.pipeline,
+            schedule=group.schedule,
+            zero_stage=zero,  # type: ignore[arg-type]
+            tensor_sharding=self.space.split(mesh.tensor).sharding,
+            precision=self.space.precision,
+        )
+
+    def _stage(self, start: int, stop: int, recompute: frozenset[int]) -> Stage:
+        again = tuple(layer for layer in range(start, stop) if layer in recompute)
+        key = (start, stop, again)
+        found = self._stages.get(key)
+        if found is None:
+            found = self._stages[key] = Stage(start=start, stop=stop, recompute=again)
+        return found
+
+    def _room_of(self, placement: Placement) -> np.ndarray:
+        """Bytes that a plan may use on each device."""
+        found = self._room.get(placement)
+        if found is None:
+            kinds = self.space.cluster.accelerators
+            fraction = self.space.constraints.memory_fraction
+            found = np.array([kinds[kind].memory_bytes * fraction for kind in placement.kinds])
+            self._room[placement] = found
+        return found
+
+    def _over(self, mesh: Mesh, memory: tuple[Memory, ...]) -> tuple[np.ndarray, int, float]:
+        """For each pipeline rank the bytes that its fullest device lacks (negative: has left); worst rank; peak."""
+        # The predictor gives ranks that hold the same one Memory: a thousand ranks have a handful.
+        totals = {key: one.total_bytes for key, one in {id(one): one for one in memory}.items()}
+        used = np.fromiter(map(totals.__getitem__, map(id, memory)), dtype=float, count=len(memory))
+        over = used - self._room_of(mesh.placement)
+        return over.reshape(mesh.pipeline, -1).max(axis=1), int(np.argmax(over)), float(np.max(used))

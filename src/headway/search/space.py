@@ -1,0 +1,263 @@
+"""The space of plans: which devices, which degrees, which micro-batches and schedules are possible at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+from headway.hardware.cluster import Cluster
+from headway.search.ranking import Constraints
+from headway.workload.graph import Graph, Workload
+
+__all__ = ["Group", "Mesh", "Placement", "Space", "Split"]
+
+# All divisors are tried as micro-batches while there are this many; beyond, the powers of two among them.
+_FEW_DIVISORS = 12
+# Numbers of devices that fill whole nodes are all tried up to so many nodes; beyond, the divisors and powers of two.
+_FEW_NODES = 16
+_VIRTUAL_STAGES = (2, 4, 8)
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Devices in the order in which the mesh takes them; compared by identity, because there may be thousands."""
+
+    devices: tuple[str, ...]
+    kinds: tuple[str, ...]  # the accelerator of each device
+    dollars_per_hour: float  # of all of them; 0: a price is not known
+
+    def rank_kinds(self, pipeline: int) -> tuple[tuple[str, ...], ...]:
+        """The kinds of device on each of `pipeline` pipeline ranks, each kind once."""
+        if len(set(self.kinds)) == 1:
+            return (self.kinds[:1],) * pipeline
+        width = len(self.kinds) // pipeline
+        return tuple(
+            tuple(sorted(set(self.kinds[start : start + width]))) for start in range(0, len(self.kinds), width)
+        )
+
+
+class Split(NamedTuple):
+    """How tensor parallelism of one degree divides the model: the blocks that the degree divides, and their modules."""
+
+    degree: int
+    blocks: frozenset[int]
+    sharding: dict[str, Literal["column", "row"]]
+
+
+class Mesh(NamedTuple):
+    """Degrees on a placement; their product is the number of its devices."""
+
+    placement: Placement
+    data: int
+    tensor: int
+    pipeline: int
+
+
+class Group(NamedTuple):
+    """Plans of one mesh that differ only in their ZeRO stage and in what they recompute."""
+
+    schedule: Literal["none", "gpipe", "1f1b", "interleaved"]
+    virtual_stages: int
+    micro_batch: int
+    micro_batches: int
+
+
+class Space:
+    """All plans of one workload on one cluster within constraints, enumerated level by level.
+
+    `devices`: how many to use; None: any number that divides the cluster's, is a power of two, or fills whole nodes.
+    """
+
+    def __init__(self, workload: Workload, cluster: Cluster, constraints: Constraints, devices: int | None) -> None:
+        self.workload = workload
+        self.cluster = cluster
+        self.constraints = constraints
+        self.counts = self._counts(devices)
+
+    @cached_property
+    def layers(self) -> int:
+        return len(self.workload.graph.layers)
+
+    def _counts(self, devices: int | None) -> tuple[int, ...]:
+        total = len(self.cluster)
+        if devices is not None:
+            return (devices,)
+        counts = {*_divisors(total), *_powers_of_two(total)}
+        node = max(len(positions) for positions in self.cluster.nodes.values())
+        if len(self.cluster.nodes) <= _FEW_NODES:
+            counts |= set(range(node, total + 1, node))
+        if not self.cluster.is_homogeneous:
+            fast = [device.accelerator for device in self._fastest_first()]
+            counts |= {at for at in range(1, total) if fast[at - 1] != fast[at]}
+        # Degrees that are asked for must not fail because their product is no such number.
+        fixed = math.prod(getattr(self.constraints, name) or 1 for name in ("data", "tensor", "pipeline"))
+        counts |= {fixed * factor for factor in _powers_of_two(max(1, total // fixed))}
+        return tuple(sorted((count for count in counts if count <= total), reverse=True))
+
+    def _by_node(self) -> list:
+        return [self.cluster.devices[at] for positions in self.cluster.nodes.values() for at in positions]
+
+    def _fastest_first(self) -> list:
+        kinds = self.cluster.accelerators
+        rate = {name: kind.flop_rate(self.precision) * kind.efficiency for name, kind in kinds.items()}
+        # Stable: devices of one kind stay together by node.
+        return sorted(self._by_node(), key=lambda device: (-rate[device.accelerator], device.accelerator))
+
+    @property
+    def precision(self) -> Literal["float32", "bfloat16"]:
+        return self.constraints.precision or self.workload.precision  # type: ignore[return-value]
+
+    def placements(self, count: int) -> tuple[Placement, ...]:
+        """Ways to choose and order `count` devices: node after node; with several kinds also one kind after another."""
+        orders = [self._by_node()[:count]]
+        if not self.cluster.is_homogeneous:
+            fast = self._fastest_first()
+            # The slow ones first: the first stages of a pipeline need the most memory, the last ones often compute
+            # most (the vocabulary). The predictor decides.
+            orders += [fast[:count], fast[:count][::-1], fast[::-1][:count]]
+        chosen: dict[tuple[str, ...], Placement] = {}
+        for order in orders:
+            names = tuple(device.name for device in order)
+            prices = [self.cluster.accelerators[device.accelerator].dollars_per_hour for device in order]
+            chosen.setdefault(
+                names,
+                Placement(
+                    devices=names,
+                    kinds=tuple(device.accelerator for device in order),
+                    dollars_per_hour=sum(prices) if all(prices) else 0.0,
+                ),
+            )
+        return tuple(chosen.values())
+
+    def meshes(self, placement: Placement) -> Iterator[tuple[Mesh, str]]:
+        """Every way to factor the devices into degrees, each with the reason why it is impossible, or ""."""
+        constraints = self.constraints
+        count = len(placement.devices)
+        for tensor in _divisors(count):
+            if constraints.tensor not in (None, tensor):
+                continue
+            for pipeline in _divisors(count // tensor):
+                data = count // tensor // pipeline
+                if constraints.pipeline not in (None, pipeline) or constraints.data not in (None, data):
+                    continue
+                mesh = Mesh(placement, data, tensor, pipeline)
+                yield mesh, self._obstacle(mesh)
+
+    def _obstacle(self, mesh: Mesh) -> str:
+        if mesh.tensor > 1 and not self.split(mesh.tensor).blocks:
+            return self._indivisible(mesh.tensor)
+        if mesh.pipeline > self.layers:
+            return f"pipeline {mesh.pipeline} is more than the {self.layers} layers there are"
+        batch = self.workload.global_batch
+        if batch % mesh.data:
+            return f"data {mesh.data} does not divide the global batch of {batch}"
+        if self.constraints.zero_stage and mesh.data == 1:
+            return f"ZeRO-{self.constraints.zero_stage} needs more than one replica"
+        if not self.groups(mesh):
+            fixed = self.constraints
+            if fixed.schedule is not None and (fixed.schedule != "none") != (mesh.pipeline > 1):
+                return f"schedule {fixed.schedule!r} with pipeline {mesh.pipeline}"
+            if fixed.micro_batch is not None and batch // mesh.data % fixed.micro_batch:
+                return f"micro-batches of {fixed.micro_batch} do not divide {batch // mesh.data} samples of a replica"
+            return f"no micro-batches fit schedule {fixed.schedule!r} with pipeline {mesh.pipeline}"
+        return ""
+
+    def _indivisible(self, tensor: int) -> str:
+        graph = self.workload.graph
+        if not graph.blocks:
+            return "no part of this model was proven to work on divided tensors"
+        what = sorted({(block.divisor, _noun(graph, position)) for position, block in enumerate(graph.blocks)})
+        return f"tensor {tensor} does not divide " + " or ".join(f"{size} {noun}" for size, noun in what)
+
+    def split(self, degree: int) -> Split:
+        """The blocks that `degree` divides; those that it does not stay whole on every rank."""
+        found = self._splits.get(degree)
+        if found is None:
+            blocks = [
+                position
+                for position, block in enumerate(self.workload.graph.blocks)
+                if degree > 1 and block.divisor % degree == 0
+            ]
+            sharding: dict[str, Literal["column", "row"]] = {}
+            for position in blocks:
+                block = self.workload.graph.blocks[position]
+                sharding.update((name, "column") for name in block.columns)
+                sharding.update((name, "row") for name in block.rows)
+            found = self._splits[degree] = Split(degree, frozenset(blocks), sharding)
+        return found
+
+    @cached_property
+    def _splits(self) -> dict[int, Split]:
+        return {}
+
+    def groups(self, mesh: Mesh) -> tuple[Group, ...]:
+        """Schedules and micro-batches of a mesh."""
+        key = (mesh.data, mesh.pipeline)
+        found = self._groups.get(key)
+        if found is None:
+            found = self._groups[key] = tuple(self._enumerate_groups(*key))
+        return found
+
+    @cached_property
+    def _groups(self) -> dict[tuple[int, int], tuple[Group, ...]]:
+        return {}
+
+    def _enumerate_groups(self, data: int, pipeline: int) -> Iterator[Group]:
+        constraints = self.constraints
+        samples = self.workload.global_batch // data
+        for micro_batch in self.micro_batches(samples):
+            count = samples // micro_batch
+            if pipeline == 1:
+                if constraints.schedule in (None, "none"):
+                    yield Group("none", 1, micro_batch, count)
+                continue
+            if constraints.schedule in (None, "gpipe"):
+                yield Group("gpipe", 1, micro_batch, count)
+            if count < pipeline:
+                continue
+            if constraints.schedule in (None, "1f1b"):
+                yield Group("1f1b", 1, micro_batch, count)
+            if constraints.schedule in (None, "interleaved") and count % pipeline == 0:
+                for virtual in _VIRTUAL_STAGES:
+                    if pipeline * virtual <= self.layers:
+                        yield Group("interleaved", virtual, micro_batch, count)
+
+    def micro_batches(self, samples: int) -> tuple[int, ...]:
+        """Sizes of a micro-batch that divide the `samples` of a replica."""
+        fixed = self.constraints.micro_batch
+        if fixed is not None:
+            return (fixed,) if samples % fixed == 0 else ()
+        divisors = _divisors(samples)
+        if len(divisors) > _FEW_DIVISORS:
+            divisors = tuple(size for size in divisors if size & (size - 1) == 0 or size == samples)
+        return divisors
+
+    def zero_stages(self, mesh: Mesh) -> tuple[Literal[0, 1, 2, 3], ...]:
+        """ZeRO stages that make sense on a mesh."""
+        fixed = self.constraints.zero_stage
+        if fixed is not None:
+            return (fixed,)
+        return (0, 1, 2, 3) if mesh.data > 1 else (0,)
+
+
+def _noun(graph: Graph, position: int) -> str:
+    block = graph.blocks[position]
+    sizes = {
+        graph.parameter_by_name[name].shape[dim]
+        for name, dim in block.parameters.items()
+        if name in graph.parameter_by_name
+    }
+    # Features are split one by one; where fewer pieces than features are allowed, whole heads must stay together.
+    return "features" if block.divisor in sizes else "heads"
+
+
+def _divisors(number: int) -> tuple[int, ...]:
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return tuple(sorted({*small, *(number // size for size in small)}))
+
+
+def _powers_of_two(most: int) -> tuple[int, ...]:
+    return tuple(2**exponent for exponent in range(most.bit_length()))

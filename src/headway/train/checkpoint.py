@@ -1,0 +1,345 @@
+"""Checkpoints that any plan can read: torch's distributed format (DCP), under the model's own parameter names.
+
+Each rank writes what it holds, and a checkpoint says of each tensor which part of the whole that is. So a run resumes
+under the plan that it had, or under another: other degrees, another ZeRO stage, one device. Keys:
+
+    model.<parameter or buffer>          optimizer.<parameter>.<state>        rng.<rank>
+    step, groups (hyperparameters of the optimizer's groups), scheduler
+
+A checkpoint is written beside its final place and renamed when it is whole, then `latest` is made to name it. Whatever
+happens, a full disk included, the checkpoints before it stay as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from headway.errors import CheckpointError, FileError
+from headway.value import read_text, write_atomically
+
+if TYPE_CHECKING:
+    from headway.train.parallel import Parallel
+
+__all__ = ["latest", "load", "load_full", "save", "step_of"]
+
+
+def save(directory: Path, parallel: Parallel, *, step: int, scheduler: Any = None) -> Path:
+    """Write `directory`/step-N, on all ranks at once, and let `directory`/latest name it; the path of the checkpoint.
+
+    Raises CheckpointError on every rank if one of them could not write; earlier checkpoints are left as they are.
+    """
+    final = directory / f"step-{step}"
+    partial = directory / f".step-{step}.partial"
+    _on_first_rank(parallel, partial, lambda: _make_empty(partial))
+    state = _state(parallel)
+    state["step"] = step
+    state["groups"] = [
+        {key: value for key, value in group.items() if key != "params"} for group in parallel.optimizer.param_groups
+    ]
+    if scheduler is not None:
+        state["scheduler"] = scheduler.state_dict()
+    state[f"rng.{parallel.rank}"] = torch.get_rng_state()
+    if parallel.device.type == "cuda":
+        state[f"cuda_rng.{parallel.rank}"] = torch.cuda.get_rng_state(parallel.device)
+    try:
+        with _quietly():
+            dcp.save(
+                state,
+                storage_writer=dcp.FileSystemWriter(partial),
+                # Our keys are flat already, and their values are to stay whole.
+                planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                no_dist=parallel.mesh is None,
+            )
+    except (CheckpointException, OSError, RuntimeError) as error:
+        if parallel.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise _failed(error, final, "written") from error
+    _on_first_rank(parallel, final, lambda: _publish(partial, final))
+    return final
+
+
+def load(path: Path, parallel: Parallel, *, scheduler: Any = None) -> int:
+    """Bring parameters, optimizer and scheduler to where they were at `path`; the number of steps made by then.
+
+    Raises CheckpointError where the checkpoint is broken or belongs to another model.
+    """
+    metadata = _metadata(path)
+    known = metadata.state_dict_metadata
+    _check_model(path, parallel, known)
+    states, held = _room_for_states(parallel, known)
+    wanted: dict[str, Any] = {f"model.{name}": tensor for name, tensor in _model(parallel)}
+    wanted.update(states)
+    wanted.update(dict.fromkeys(key for key in ("step", "groups", "scheduler") if key in known))
+    generators = [f"{kind}.{parallel.rank}" for kind in ("rng", "cuda_rng")]
+    for key in generators:
+        entry = known.get(key)
+        if isinstance(entry, TensorStorageMetadata):
+            wanted[key] = torch.empty(entry.size, dtype=torch.uint8)
+    try:
+        with _quietly(), torch.no_grad():
+            _read(wanted, path, alone=parallel.mesh is None)
+    except (CheckpointException, OSError, RuntimeError, KeyError, EOFError) as error:
+        raise _failed(error, path, "read") from error
+    _put_states(parallel, wanted, held)
+    _copy_to_ties(parallel)
+    for group, saved in zip(parallel.optimizer.param_groups, wanted["groups"], strict=False):
+        group.update(saved)
+    if scheduler is not None and wanted.get("scheduler") is not None:
+        scheduler.load_state_dict(wanted["scheduler"])
+    # Another number of ranks has other generators; then they go on from the script's seed.
+    if wanted.get(generators[0]) is not None and f"rng.{parallel.plan.world_size}" not in known:
+        torch.set_rng_state(wanted[generators[0]])
+        if parallel.device.type == "cuda" and wanted.get(generators[1]) is not None:
+            torch.cuda.set_rng_state(wanted[generators[1]], parallel.device)
+    return int(wanted["step"])
+
+
+def load_full(path: str | Path) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer of a checkpoint, whole, in this process: `model.load_state_dict(load_full(path))`.
+
+    Raises CheckpointError if the checkpoint cannot be read.
+    """
+    known = _metadata(Path(path)).state_dict_metadata
+    wanted: dict[str, Any] = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in known.items()
+        if key.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+    }
+    try:
+        with _quietly():
+            _read(wanted, path, alone=True)
+    except (CheckpointException, OSError, RuntimeError, EOFError) as error:
+        raise _failed(error, Path(path), "read") from error
+    return {key.removeprefix("model."): tensor for key, tensor in wanted.items()}
+
+
+def step_of(path: str | Path) -> int:
+    """How many steps had been made when the checkpoint was written. Raises CheckpointError."""
+    _metadata(Path(path))
+    wanted: dict[str, Any] = {"step": None}
+    try:
+        with _quietly():
+            _read(wanted, path, alone=True)
+    except (CheckpointException, OSError, RuntimeError, KeyError, EOFError) as error:
+        raise _failed(error, Path(path), "read") from error
+    return int(wanted["step"])
+
+
+def latest(directory: str | Path) -> Path | None:
+    """The newest whole checkpoint in a folder of checkpoints, or None. Raises FileError if `latest` is unreadable."""
+    pointer = Path(directory) / "latest"
+    if not pointer.exists():
+        return None
+    return Path(directory) / read_text(pointer).strip()
+
+
+# What a rank holds, as parts of wholes
+
+
+def _state(parallel: Parallel) -> dict[str, Any]:
+    state: dict[str, Any] = {f"model.{name}": tensor for name, tensor in _model(parallel)}
+    states = _states(parallel)
+    for name, parameter in parallel.parameters():
+        for key, value in states.get(parameter, {}).items():
+            state[f"optimizer.{name}.{key}"] = _part(parallel, name, parameter, value)
+    return state
+
+
+def _model(parallel: Parallel) -> Iterator[tuple[str, torch.Tensor]]:
+    seen: set[str] = set()
+    for name, parameter in parallel.parameters():
+        if name not in seen:
+            seen.add(name)
+            yield name, _part(parallel, name, parameter, parameter.detach())
+    for piece in parallel.pieces:
+        for path, module in piece.module.model.named_modules():
+            for key, buffer in module._buffers.items():
+                name = f"{path}.{key}" if path else key
+                if buffer is not None and key not in module._non_persistent_buffers_set and name not in seen:
+                    seen.add(name)
+                    yield name, buffer
+
+
+def _part(parallel: Parallel, name: str, parameter: nn.Parameter, value: Any) -> Any:
+    """A parameter, or a state of its shape, as the part of the whole tensor that it is."""
+    dim = parallel.tensor_dims.get(name)
+    if dim is None or not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+        return value
+    assert parallel.mesh is not None
+    plan = parallel.plan
+    shape = list(value.shape)
+    shape[dim] *= plan.tensor
+    stride = torch.empty(shape, device="meta").stride()
+    if not isinstance(value, DTensor):
+        return DTensor.from_local(
+            value, parallel.mesh["tensor"], (Shard(dim),), run_check=False, shape=torch.Size(shape), stride=stride
+        )
+    # ZeRO divided, along dimension 0, what tensor parallelism had divided before: the same nesting that fully_shard
+    # itself writes down for a model whose parameters are DTensors.
+    outer = _StridedShard(0, split_factor=plan.tensor) if dim == 0 else Shard(0)
+    return DTensor.from_local(
+        value.to_local(),
+        parallel.mesh["data", "tensor"],
+        (outer, Shard(dim)),
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=stride,
+    )
+
+
+def _states(parallel: Parallel) -> dict[nn.Parameter, dict[str, Any]]:
+    return (parallel.optimizer if parallel.zero is None else parallel.zero.optim).state  # type: ignore[return-value]
+
+
+def _room_for_states(parallel: Parallel, known: Any) -> tuple[dict[str, Any], dict[str, tuple[nn.Parameter, str, Any]]]:
+    """Empty states for the parameters that this rank updates: key → what to load, key → (parameter, name, tensor)."""
+    inner = parallel.optimizer if parallel.zero is None else parallel.zero.optim
+    updated = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
+    by_parameter: dict[str, list[str]] = {}
+    for key in known:
+        if key.startswith("optimizer."):
+            name, _, state = key.removeprefix("optimizer.").rpartition(".")
+            by_parameter.setdefault(name, []).append(state)
+    wanted: dict[str, Any] = {}
+    held: dict[str, tuple[nn.Parameter, str, Any]] = {}
+    for name, parameter in parallel.parameters():
+        if id(parameter) not in updated:
+            continue
+        for state in by_parameter.get(name, ()):
+            key = f"optimizer.{name}.{state}"
+            entry = known[key]
+            if key in held:
+                continue
+            room: Any = None
+            if isinstance(entry, TensorStorageMetadata):
+                whole = _part(parallel, name, parameter, parameter.detach()).shape
+                if entry.size == whole and entry.size:
+                    room = torch.zeros_like(parameter, dtype=entry.properties.dtype, requires_grad=False)
+                else:
+                    room = torch.zeros(entry.size, dtype=entry.properties.dtype)
+            wanted[key] = _part(parallel, name, parameter, room)
+            held[key] = (parameter, state, room)
+    return wanted, held
+
+
+def _put_states(parallel: Parallel, loaded: dict[str, Any], held: dict[str, tuple[nn.Parameter, str, Any]]) -> None:
+    states = _states(parallel)
+    for key, (parameter, state, room) in held.items():
+        states[parameter][state] = loaded[key] if room is None else room
+
+
+def _copy_to_ties(parallel: Parallel) -> None:
+    """A tied parameter of two stages on this rank was loaded once."""
+    states = _states(parallel)
+    with torch.no_grad():
+        for tie in parallel.ties:
+            first = tie.copies[0]
+            for copy in tie.copies[1:]:
+                copy.copy_(first)
+                for key, value in states.get(first, {}).items():
+                    states[copy][key] = value.clone() if isinstance(value, torch.Tensor) else value
+
+
+# Files
+
+
+def _metadata(path: Path) -> Metadata:
+    if not path.is_dir():
+        raise CheckpointError("no such checkpoint", place=str(path), remedy="give a folder runs/NAME/checkpoint/step-N")
+    try:
+        return dcp.FileSystemReader(path).read_metadata()
+    except Exception as error:
+        raise CheckpointError(
+            "has no readable metadata, so it was not written to its end", place=str(path), remedy="use an earlier one"
+        ) from error
+
+
+def _read(wanted: dict[str, Any], path: str | Path, *, alone: bool) -> None:
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    dcp.load(wanted, storage_reader=dcp.FileSystemReader(path), planner=planner, no_dist=alone)
+
+
+def _check_model(path: Path, parallel: Parallel, known: Any) -> None:
+    for name, tensor in _model(parallel):
+        entry = known.get(f"model.{name}")
+        if entry is None or isinstance(entry, BytesStorageMetadata):
+            raise CheckpointError(
+                f"holds no {name}, which the model has", place=str(path), remedy="resume with the script that wrote it"
+            )
+        if tuple(entry.size) != tuple(tensor.shape):
+            raise CheckpointError(
+                f"holds {name} of shape {tuple(entry.size)}, and the model's is {tuple(tensor.shape)}",
+                place=str(path),
+                remedy="resume with the script and the arguments that wrote it",
+            )
+
+
+def _make_empty(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+
+
+def _publish(partial: Path, final: Path) -> None:
+    if final.exists():
+        # The same step once more, after a resume: the old one goes only when the new one is whole.
+        old = partial.with_suffix(".old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(final, old)
+        os.replace(partial, final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(partial, final)
+    write_atomically(final.parent / "latest", final.name + "\n")
+
+
+def _on_first_rank(parallel: Parallel, path: Path, act: Callable[[], None]) -> None:
+    """Do something on rank 0; where it fails, every rank raises CheckpointError, and none waits for ever."""
+    outcome: list[str | None] = [None]
+    if parallel.rank == 0:
+        try:
+            act()
+        except (OSError, FileError) as error:
+            outcome[0] = str(_failed(error, path, "written").message)
+    if parallel.mesh is not None:
+        dist.broadcast_object_list(outcome, 0, device=parallel.device)
+    if outcome[0] is not None:
+        raise CheckpointError(outcome[0], place=str(path), remedy=_REMEDY)
+
+
+_REMEDY = "free some space or choose another folder; the checkpoints before this one are whole"
+
+
+def _failed(error: BaseException, path: Path, done: str) -> CheckpointError:
+    causes = [error, error.__cause__, *(inner for inner, _ in getattr(error, "failures", {}).values())]
+    reason = next((f"{os.strerror(c.errno)}" for c in causes if isinstance(c, OSError) and c.errno), "")
+    full = any(isinstance(c, OSError) and c.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) for c in causes)
+    text = reason or str(causes[-1] or error).strip().splitlines()[0]
+    if not full and "No space left" in str(error):
+        text = os.strerror(errno.ENOSPC)
+    remedy = _REMEDY if done == "written" else "use an earlier checkpoint, or the script that wrote this one"
+    return CheckpointError(f"cannot be {done}: {text}", place=str(path), remedy=remedy)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    # torch warns of its own insides here (single process, typed storages), and nobody could act on that.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

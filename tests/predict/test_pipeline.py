@@ -1,0 +1,96 @@
+"""Pipeline schedules: what runs when, what is held, and the formulas against playing it out."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headway.predict.pipeline import closed_form, in_flight, order_of_rank, play
+
+SCHEDULES = st.sampled_from(["gpipe", "1f1b", "interleaved"])
+
+
+def shape(schedule: str, pipeline: int, factor: int, virtual: int) -> tuple[int, int]:
+    """(micro-batches, virtual stages) that the schedule accepts."""
+    return pipeline * factor, virtual if schedule == "interleaved" else 1
+
+
+@given(SCHEDULES, st.integers(2, 5), st.integers(1, 4), st.integers(2, 3))
+def test_every_micro_batch_goes_once_forward_and_then_once_backward_through_every_stage(schedule, p, factor, virtual):
+    m, v = shape(schedule, p, factor, virtual)
+    for rank in range(p):
+        cells = order_of_rank(schedule, rank, p, v, m)
+        assert len(set(cells)) == len(cells) == 2 * m * v
+        for cell in cells:
+            if cell.backward:
+                assert cells.index(cell._replace(backward=False)) < cells.index(cell)
+
+
+@given(SCHEDULES, st.integers(2, 5), st.integers(1, 4), st.integers(2, 3))
+def test_equal_stages_have_the_textbook_bubble(schedule, p, factor, virtual):
+    m, v = shape(schedule, p, factor, virtual)
+    stages = p * v
+    forward, backward, nothing = [1.0] * stages, [2.0] * stages, [0.0] * p
+    played = play(schedule, p, m, forward, backward, nothing)
+    # (p - 1)/m of the work of a rank, or (p - 1)/(v m) interleaved (Narayanan et al., SC 2021, section 2.2).
+    assert played.seconds == pytest.approx(3 * m * v * (1 + (p - 1) / (v * m)))
+    assert max(closed_form(schedule, p, m, forward, backward, nothing)) == pytest.approx(played.seconds)
+
+
+@given(
+    st.sampled_from(["gpipe", "1f1b"]),
+    st.integers(1, 6),
+    st.lists(st.tuples(st.floats(0.1, 5), st.floats(0.1, 5)), min_size=2, max_size=4),
+)
+def test_uneven_stages_take_at_least_the_slowest_and_the_formula_is_close(schedule, factor, times):
+    p, m = len(times), len(times) * factor
+    forward, backward = [f for f, _ in times], [b for _, b in times]
+    played = play(schedule, p, m, forward, backward, [0.0] * p)
+    slowest = max(f + b for f, b in times)
+    assert played.seconds >= m * slowest - 1e-9
+    assert played.seconds >= sum(forward) + sum(backward) - 1e-9
+    formula = max(closed_form(schedule, p, m, forward, backward, [0.0] * p))
+    assert formula >= played.seconds - 1e-9 or schedule == "1f1b"
+    assert 0.6 < formula / played.seconds < 1.7
+
+
+@given(SCHEDULES, st.integers(2, 4), st.integers(1, 3), st.floats(0, 2), st.floats(0, 2))
+def test_slower_links_never_shorten_a_step(schedule, p, factor, quick, slow):
+    m, v = shape(schedule, p, factor, 2)
+    times = [1.0] * (p * v)
+    quick, slow = sorted((quick, slow))
+    one = play(schedule, p, m, times, times, [quick] * p).seconds
+    other = play(schedule, p, m, times, times, [slow] * p).seconds
+    assert one <= other + 1e-9
+
+
+@given(st.integers(2, 8), st.integers(1, 4))
+def test_1f1b_holds_as_many_micro_batches_as_ranks_follow_and_gpipe_all(p, factor):
+    m = p * factor
+    for rank in range(p):
+        assert in_flight("1f1b", rank, p, 1, m) == (min(m, p - rank),)
+        assert in_flight("gpipe", rank, p, 1, m) == (m,)
+
+
+@given(st.integers(2, 4), st.integers(2, 3), st.integers(1, 4))
+def test_the_interleaved_schedule_holds_what_megatron_says(p, v, factor):
+    m = p * factor
+    for rank in range(p):
+        # Warm-up of (v - 1) p + 2 (p - rank - 1) forward passes, and one more (Megatron-LM's schedules.py).
+        assert sum(in_flight("interleaved", rank, p, v, m)) == min(m * v, (v - 1) * p + 2 * (p - rank - 1) + 1)
+
+
+def test_played_cells_do_not_overlap_and_respect_what_they_need():
+    times = [1.0, 2.0, 1.5]
+    played = play("1f1b", 3, 6, times, times, [0.25] * 3)
+    for rank in range(3):
+        cells = sorted((start, cell) for cell, start in played.starts.items() if cell.stage == rank)
+        for (start, _), (following, _) in itertools.pairwise(cells):
+            assert start + times[rank] <= following + 1e-9
+    for cell, start in played.starts.items():
+        if not cell.backward and cell.stage:
+            before = cell._replace(stage=cell.stage - 1)
+            assert start >= played.starts[before] + times[before.stage] + 0.25 - 1e-9
