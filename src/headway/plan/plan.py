@@ -41,7 +41,7 @@ class Plan(Value):
     - `tensor_sharding`: module path to "column" or "row" (see `workload.graph.TensorBlock`); empty when tensor is 1.
     - `precision`: dtype of the forward and backward pass; parameters and optimizer states stay in float32.
     - `bucket_bytes`: gradients are reduced in buckets of this size while backward goes on, if `overlap`.
-    - `host_devices`: rank to the name of its device in the cluster.
+    - `devices`: the name of each rank's device in the cluster.
     """
 
     model: str
