@@ -211,6 +211,7 @@ def _timed_wait(self: Any, *args: Any, **kwargs: Any) -> Any:
 @contextlib.contextmanager
 def allocated_peak(found: list[float]) -> Iterator[None]:
     """Append to `found` the most bytes that torch's CPU allocator held inside, above the level at the beginning."""
+    from torch._C._profiler import _EventType
     from torch.profiler import ProfilerActivity, profile
 
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
@@ -223,15 +224,30 @@ def allocated_peak(found: list[float]) -> Iterator[None]:
     finally:
         with _silent():
             profiler.stop()
-    level = peak = 0
     assert profiler.profiler is not None
     results = profiler.profiler.kineto_results
     assert results is not None
-    events: list[Any] = [event for event in results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        level += event.nbytes()
-        peak = max(peak, level)
+    # The profiler sees no block that another thread frees (gloo's threads free what they have sent); but when its
+    # address is given out again, it must have been free.
+    blocks = [event for event in _all_events(results.experimental_event_tree()) if event.tag == _EventType.Allocation]
+    live: dict[int, int] = {}
+    level = peak = 0
+    for event in sorted(blocks, key=lambda event: event.start_time_ns):
+        address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+        level -= live.pop(address, 0)
+        if size > 0:
+            live[address] = size
+            level += size
+            peak = max(peak, level)
     found.append(float(peak))
+
+
+def _all_events(events: Iterable[Any]) -> Iterator[Any]:
+    waiting = list(events)
+    while waiting:
+        event = waiting.pop()
+        waiting.extend(event.children)
+        yield event
 
 
 @contextlib.contextmanager
