@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -210,6 +211,24 @@ def test_a_listener_that_left_is_no_error(monkeypatch: pytest.MonkeyPatch) -> No
     emit("step")
     emit("step")
     os.close(write)
+
+
+def test_what_another_thread_frees_does_not_count_for_ever() -> None:
+    # gloo's threads free what they have sent, and the profiler sees only what its own thread frees.
+    from headway.train.measure import allocated_peak
+
+    def drop(held: list[torch.Tensor]) -> None:
+        held.clear()
+
+    found: list[float] = []
+    block = 2_000_000
+    with allocated_peak(found):
+        for _ in range(20):
+            held = [torch.empty(block, dtype=torch.uint8)]
+            freer = threading.Thread(target=drop, args=(held,))
+            freer.start()
+            freer.join()
+    assert block <= found[0] < 10 * block
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 4])
