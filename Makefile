@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench clean clean-compiled
 
 demo: $(VENV)/.installed
 	$(BIN)/headway run examples/gpt.py
@@ -23,8 +23,13 @@ lint: $(VENV)/.installed-test
 	$(BIN)/pyright --warnings
 	$(BIN)/lint-imports --no-logo
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.installed-bench
 	$(BIN)/python bench/prediction_local.py
+	$(BIN)/python bench/collectives.py
+	$(BIN)/python bench/allreduce.py
+	$(BIN)/python bench/fusion.py
+	$(BIN)/python bench/aggregator.py
+	$(BIN)/python bench/simulation.py
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "Headway needs Python 3.11 or newer; name it with: make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -34,9 +39,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP_INSTALL) -e .
 	@touch $@
 
+$(VENV)/.installed-bench: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) -e '.[bench,solve]'
+	@touch $@ $(VENV)/.installed
+
 $(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP_INSTALL) -e '.[test]'
 	@touch $@ $(VENV)/.installed
+
+# What numba compiled: it does not notice changes in other files (docs/architecture.md).
+clean-compiled:
+	find src -name '*.nb[ic]' -delete
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis

@@ -3,16 +3,31 @@
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 import typer
 from typer.testing import CliRunner
 
 from headway.cli import app
+from headway.hardware.catalog import load_cluster
 from headway.plan.plan import Plan, single_device_plan
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = typer.main.get_command(app).commands
+
+
+def _verbs() -> dict:
+    """Every verb; those of a group by two words, like `simulate collective`."""
+    verbs = {}
+    for name, command in typer.main.get_command(app).commands.items():
+        if hasattr(command, "commands"):
+            verbs.update({f"{name} {inner}": found for inner, found in command.commands.items()})
+        else:
+            verbs[name] = command
+    return verbs
+
+
+COMMANDS = _verbs()
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +42,7 @@ def invoke(*arguments: str):
 
 @pytest.mark.parametrize("verb", sorted(COMMANDS))
 def test_every_verb_has_help_with_an_example(verb):
-    result = invoke(verb, "--help")
+    result = invoke(*verb.split(), "--help")
     assert result.exit_code == 0
     assert "Example" in result.stdout
     assert f"headway {verb}" in result.stdout
@@ -161,3 +176,47 @@ def test_resume_without_a_checkpoint(tmp_path):
 def test_usage_error_exits_with_two():
     assert invoke("plan").exit_code == 2
     assert invoke("plan", "gpt2", "--zero", "7").exit_code == 2
+
+
+def test_simulate_collective_compares_and_leaves_pictures_timelines_and_programs(tmp_path):
+    arguments = ("--cluster", "dgx-1v", "--devices", "0,1,4", "--size", "100MB", "--algorithm", "packed,ring")
+    result = invoke("simulate", "collective", *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert [entry["algorithm"] for entry in answer["entries"]] == ["packed", "ring"]
+    files = {path.name for path in (tmp_path / "runs" / "all_reduce-dgx-1v-3").iterdir()}
+    assert {"packed.svg", "packed.timeline.json", "packed.json", "packed.xml", "ring.svg"} <= files
+    table = invoke("simulate", "collective", *arguments)
+    assert "packed" in table.stdout
+    assert max(map(len, table.stdout.splitlines()[:10])) <= 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--cluster", "dgx-1v", "--devices", "0,9"), "positions are 0 to 7"),
+        (("--cluster", "dgx-1v", "--size", "much"), "write it like"),
+        (("--cluster", "dgx-1v", "--algorithm", "rign"), "ring"),
+        (("--cluster", "dgx-1v", "--root", "8", "--op", "broadcast"), "8"),
+        (("--cluster", "nowhere"), "no machine is called"),
+    ],
+)
+def test_simulate_collective_refuses_what_cannot_be(arguments, words):
+    result = invoke("simulate", "collective", *arguments)
+    assert result.exit_code == 2
+    assert words in result.output
+    assert "Traceback" not in result.output
+
+
+def test_simulate_collective_names_a_link_without_bandwidth_and_devices_that_are_apart(tmp_path):
+    path = tmp_path / "lab.json"
+    cluster = load_cluster("dgx-1v")
+    lame = msgspec.structs.replace(cluster.links[0], bytes_per_second=0.0)
+    msgspec.structs.replace(cluster, links=(lame, *cluster.links[1:])).save(path)
+    result = invoke("simulate", "collective", "--cluster", str(path))
+    assert result.exit_code == 2
+    assert "bandwidth must be more than zero" in result.output.replace("\n", " ")
+    msgspec.structs.replace(cluster, links=()).save(path)
+    result = invoke("simulate", "collective", "--cluster", str(path))
+    assert result.exit_code == 2
+    assert "cannot reach" in result.output

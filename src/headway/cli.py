@@ -44,6 +44,11 @@ class Engine(enum.StrEnum):
     ray = "ray"
 
 
+class Exchange(enum.StrEnum):
+    torch = "torch"
+    headway = "headway"
+
+
 class Precision(enum.StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -54,6 +59,17 @@ class Schedule(enum.StrEnum):
     gpipe = "gpipe"
     one_forward_one_backward = "1f1b"
     interleaved = "interleaved"
+
+
+class Operation(enum.StrEnum):
+    broadcast = "broadcast"
+    reduce = "reduce"
+    all_reduce = "all_reduce"
+    reduce_scatter = "reduce_scatter"
+    all_gather = "all_gather"
+    gather = "gather"
+    scatter = "scatter"
+    all_to_all = "all_to_all"
 
 
 class Recompute(enum.StrEnum):
@@ -83,6 +99,10 @@ MicroBatch = Annotated[int | None, typer.Option("--micro-batch", min=1, help="Fi
 Zero = Annotated[int | None, typer.Option("--zero", min=0, max=3, help="Fix the ZeRO stage.")]
 ScheduleOption = Annotated[Schedule | None, typer.Option("--schedule", help="Fix the pipeline schedule.")]
 RecomputeOption = Annotated[Recompute, typer.Option("--recompute", help="Recompute activations in backward.")]
+ExchangeOption = Annotated[
+    Exchange,
+    typer.Option("--exchange", help="Who carries out collectives: torch's backend, or Headway's programs."),
+]
 
 # Everything after the script that is no option of Headway's is the script's own.
 SCRIPT = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -125,6 +145,7 @@ def _constraints(
     schedule: Schedule | None,
     recompute: Recompute,
     precision: Precision | None,
+    exchange: Exchange,
 ) -> Any:
     from headway.search.find import Constraints
 
@@ -137,6 +158,7 @@ def _constraints(
         "schedule": schedule.value if schedule else None,
         "recompute": None if recompute is Recompute.any else recompute.value,
         "precision": precision.value if precision else None,
+        "exchange": exchange.value,
     }
     return Constraints(**{name: value for name, value in fields.items() if value is not None})
 
@@ -146,6 +168,7 @@ def _constraints(
 def probe(
     devices: Devices = None,
     refresh: Annotated[bool, typer.Option("--refresh", help="Measure again instead of reading the cache.")] = False,
+    exchange: ExchangeOption = Exchange.torch,
     json: JSON = False,
 ) -> None:
     """Measure this machine: FLOP/s, memory bandwidth, collectives between local processes.
@@ -156,7 +179,7 @@ def probe(
     from headway.report.terminal import Terminal, probe_tables
 
     terminal = Terminal()
-    result = measure(count=devices, refresh=refresh, progress=terminal.stage)
+    result = measure(count=devices, refresh=refresh, progress=terminal.stage, exchange=exchange.value)
     if json:
         _print_json(result)
     else:
@@ -227,6 +250,7 @@ def plan(
     zero: Zero = None,
     schedule: ScheduleOption = None,
     recompute: RecomputeOption = Recompute.any,
+    exchange: ExchangeOption = Exchange.torch,
     keep: Annotated[int, typer.Option("--keep", min=1, help="Show so many plans.")] = 5,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the best plan to this file.")] = None,
     json: JSON = False,
@@ -238,9 +262,9 @@ def plan(
     from headway.report.terminal import memory_table, ranking_tables
     from headway.train.run import find_cluster, plan_workload
 
-    constraints = _constraints(data, tensor, pipeline, micro_batch, zero, schedule, recompute, precision)
+    constraints = _constraints(data, tensor, pipeline, micro_batch, zero, schedule, recompute, precision, exchange)
     terminal, workload = _workload(target, context.args, batch, sequence, precision)
-    machines = find_cluster(cluster, devices, progress=terminal.stage)
+    machines = find_cluster(cluster, devices, progress=terminal.stage, exchange=exchange.value)
     terminal.stage(f"Searching plans for {len(machines)} devices")
     ranking, _ = plan_workload(workload, machines, goal=goal.value, constraints=constraints, devices=devices, keep=keep)
     best = ranking.best[0]
@@ -273,7 +297,12 @@ def predict(
 
     chosen = Plan.load(plan).validate(place=str(plan))
     terminal, workload = _workload(target, context.args, chosen.global_batch, sequence, Precision(chosen.precision))
-    machines = find_cluster(cluster, chosen.world_size if cluster == "local" else None, progress=terminal.stage)
+    machines = find_cluster(
+        cluster,
+        chosen.world_size if cluster == "local" else None,
+        progress=terminal.stage,
+        exchange=chosen.exchange,
+    )
     chosen.validate(workload.graph, machines, place=str(plan))
     profile = measure_operators(
         workload, machines, micro_batches=[chosen.micro_batch], degrees=sorted({1, chosen.tensor})
@@ -311,6 +340,7 @@ def run(
     zero: Zero = None,
     schedule: ScheduleOption = None,
     recompute: RecomputeOption = Recompute.any,
+    exchange: ExchangeOption = Exchange.torch,
     json: JSON = False,
 ) -> None:
     """Train a script under the best plan for the machines; predicted beside measured at the end.
@@ -324,7 +354,7 @@ def run(
     from headway.train.run import compare
     from headway.train.run import run as train
 
-    constraints = _constraints(data, tensor, pipeline, micro_batch, zero, schedule, recompute, precision)
+    constraints = _constraints(data, tensor, pipeline, micro_batch, zero, schedule, recompute, precision, exchange)
     terminal = Terminal(quiet=json)
     try:
         result = train(
@@ -378,6 +408,64 @@ def report(
     else:
         for file in files.values():
             Terminal().out.print(file, soft_wrap=True)
+
+
+simulations = typer.Typer(no_args_is_help=True, help="Play a decision on a model of the machines: what if?")
+app.add_typer(simulations, name="simulate")
+
+
+@simulations.command("collective")
+@verb
+def simulate_collective(
+    cluster: Annotated[str, typer.Option("--cluster", "-c", help="A preset (`dgx-1v`), `local`, or a YAML file.")],
+    devices: Annotated[
+        str | None, typer.Option("--devices", "-n", help="Which devices, by position or name: `0,1,4`; all by default.")
+    ] = None,
+    op: Annotated[Operation, typer.Option("--op", help="The collective.")] = Operation.all_reduce,
+    size: Annotated[str, typer.Option("--size", help="Bytes of the vector: `100MB`, `1GiB`.")] = "100MB",
+    root: Annotated[int, typer.Option("--root", min=0, help="The rank that has, or gets, everything.")] = 0,
+    algorithm: Annotated[
+        str | None, typer.Option("--algorithm", "-a", help="Only these, by name: `ring,packed`; all by default.")
+    ] = None,
+    pieces: Annotated[
+        int | None, typer.Option("--pieces", min=1, help="Cut each chunk into so many; the fastest by default.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for pictures, timelines and programs.")
+    ] = None,
+    json: JSON = False,
+) -> None:
+    """Compare algorithms for a collective: time, bandwidth, share of the optimum; draw the load of every link.
+
+    Example: `headway simulate collective --cluster dgx-1v --devices 0,1,4 --op all_reduce --size 100MB`
+    """
+    from headway.report.collectives import write_collective
+    from headway.report.terminal import Terminal, algorithms_table
+    from headway.simulate.compare import compare
+    from headway.train.run import find_cluster
+    from headway.units import parse_bytes
+
+    terminal = Terminal()
+    machines = find_cluster(cluster, None, progress=terminal.stage)
+    compared = compare(
+        machines,
+        op.value,
+        parse_bytes(size),
+        devices=machines.select(devices) if devices is not None else None,
+        root=root,
+        names=[name.strip() for name in algorithm.split(",")] if algorithm else None,
+        pieces=pieces,
+        progress=terminal.stage,
+    )
+    name = f"{op.value}-{machines.name}-{len(compared.comparison.devices)}"
+    folder = output or Path("runs") / name.replace("/", "-").replace(":", "x")
+    files = write_collective(folder, compared)
+    if json:
+        _print_json({**msgspec.to_builtins(compared.comparison), "files": [str(file) for file in files]})
+    else:
+        terminal.show(algorithms_table(compared.comparison))
+        for file in files:
+            terminal.out.print(str(file), soft_wrap=True)
 
 
 def _terminated(*_: object) -> None:

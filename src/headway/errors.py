@@ -11,11 +11,14 @@ The tree; the number is the exit code of the command line::
     │   │   └── DisconnectedError        two devices that must talk have no path between them
     │   ├── TraceError                   the model cannot be traced
     │   ├── PlanError                    the plan contradicts itself, the model or the machines
+    │   ├── ProgramError                 a program does not do what its collective promises
     │   └── MissingExtraError            an optional library is not installed
     ├── DoesNotFitError              3   no plan (or not this plan) fits into the memory at hand
     ├── RunError                     4   training started and could not go on
     │   ├── RankFailedError              a rank died or raised
-    │   └── CheckpointError              a checkpoint could not be written or read
+    │   ├── CheckpointError              a checkpoint could not be written or read
+    │   ├── MismatchError                ranks submitted tensors that do not fit together
+    │   └── StalledError                 a rank did not submit what the others wait for
     └── Interrupted                130   stopped by Ctrl-C or SIGTERM, in good order
 
 Each says what is wrong, where (file, field, rank), and what to do about it.
@@ -33,11 +36,14 @@ __all__ = [
     "HeadwayError",
     "InputError",
     "Interrupted",
+    "MismatchError",
     "MissingExtraError",
     "PlanError",
+    "ProgramError",
     "QuantityError",
     "RankFailedError",
     "RunError",
+    "StalledError",
     "TraceError",
 ]
 
@@ -100,6 +106,10 @@ class PlanError(InputError):
     """The plan contradicts itself, the model or the machines."""
 
 
+class ProgramError(InputError):
+    """A program contradicts itself, or does not do what its collective promises."""
+
+
 class MissingExtraError(InputError):
     """An optional library is not installed."""
 
@@ -129,6 +139,14 @@ class RankFailedError(RunError):
 
 class CheckpointError(RunError):
     """A checkpoint could not be written or read."""
+
+
+class MismatchError(RunError):
+    """Ranks submitted tensors that do not fit together: another shape, dtype, operation or root."""
+
+
+class StalledError(RunError):
+    """A rank did not submit, in time, what the others wait for."""
 
 
 class Interrupted(HeadwayError):

@@ -159,3 +159,16 @@ def test_what_cannot_exist_is_refused_with_its_place(change: dict, says: str) ->
         msgspec.structs.replace(sound, **change).validate(place="lab.yaml")
     assert caught.value.place.startswith("lab.yaml")
     assert caught.value.exit_code == 2
+
+
+def test_devices_are_selected_by_position_range_and_name():
+    cluster = preset("dgx-1v")
+    assert cluster.select("0,1,4") == ("node0/gpu0", "node0/gpu1", "node0/gpu4")
+    assert cluster.select("2-4, node0/gpu0") == ("node0/gpu2", "node0/gpu3", "node0/gpu4", "node0/gpu0")
+
+
+@pytest.mark.parametrize("text", ["8", "0,0", "3-1", "gpu0", "", "0,,1", "-1", "node0/nvswitch"])
+def test_devices_that_are_not_there_are_refused(text):
+    with pytest.raises(ClusterError) as refused:
+        preset("dgx-1v").select(text)
+    assert refused.value.remedy

@@ -120,6 +120,7 @@ def test_a_worker_ends_when_its_parent_is_gone(tmp_path: Path) -> None:
         rendezvous=(tmp_path / "rendezvous").as_uri(),
         memory_bytes=1e9,
         seconds=60.0,
+        backend="gloo",
     )
     worker = subprocess.Popen(
         [sys.executable, "-P", "-m", "headway.hardware.probe_worker", task.to_json()],

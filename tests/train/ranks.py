@@ -255,10 +255,11 @@ def whole_parameters(parallel: Any) -> dict[str, torch.Tensor]:
 class Pool:
     """Up to four ranks that wait for cases. A case with n ranks is run by ranks 0 to n-1 of a pool of n."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, exchange: str = "torch") -> None:
         self._folder = tempfile.TemporaryDirectory()
         environment = {
             **os.environ,
+            "BACKEND": "gloo" if exchange == "torch" else exchange,
             "WORLD_SIZE": str(size),
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": "lo",
@@ -316,7 +317,11 @@ def serve() -> None:
         # A rank that fails leaves the others waiting: not for long.
         patience = datetime.timedelta(seconds=60)
         dist.init_process_group(
-            "gloo", init_method=os.environ["RENDEZVOUS"], rank=rank, world_size=size, timeout=patience
+            os.environ["BACKEND"],
+            init_method=os.environ["RENDEZVOUS"],
+            rank=rank,
+            world_size=size,
+            timeout=patience,
         )
     while True:
         try:

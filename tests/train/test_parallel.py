@@ -41,16 +41,17 @@ class Pools:
     """A pool of ranks for each size, started when first asked for."""
 
     def __init__(self) -> None:
-        self._pools: dict[int, Pool] = {}
+        self._pools: dict[tuple[int, str], Pool] = {}
 
     def run(self, case: Case) -> list[Outcome]:
         assert case.plan is not None
         size = case.plan.world_size
         if size == 1:
             return [train_under_plan(case)]
-        if size not in self._pools:
-            self._pools[size] = Pool(size)
-        return self._pools[size].run(case)
+        key = (size, case.plan.exchange)
+        if key not in self._pools:
+            self._pools[key] = Pool(*key)
+        return self._pools[key].run(case)
 
     def close(self) -> None:
         for pool in self._pools.values():
@@ -177,9 +178,12 @@ COMBINATIONS = {
 }
 
 
+@pytest.mark.parametrize("exchange", ["torch", "headway"])
 @pytest.mark.parametrize("fields", COMBINATIONS.values(), ids=COMBINATIONS.keys())
-def test_a_gpt_with_tied_weights_learns_the_same_divided_in_two_ways(pools: Pools, fields: dict[str, Any]) -> None:
-    assert_learns_the_same(Case("gpt", make_plan("gpt", **fields), graph_of("gpt"), steps=2), pools)
+def test_a_gpt_with_tied_weights_learns_the_same_divided_in_two_ways(
+    pools: Pools, fields: dict[str, Any], exchange: str
+) -> None:
+    assert_learns_the_same(Case("gpt", make_plan("gpt", exchange=exchange, **fields), graph_of("gpt"), steps=2), pools)
 
 
 def test_a_tied_parameter_on_two_stages_of_one_rank_learns_the_same(pools: Pools) -> None:

@@ -282,6 +282,40 @@ class Cluster(Value):
             name = self.links[path[-1]].source
         return tuple(reversed(path))
 
+    def select(self, text: str, *, place: str = "--devices") -> tuple[str, ...]:
+        """Names of the devices that `text` lists by position or by name: `"0,1,4"`, `"0-3,node1/gpu0"`.
+
+        Raises ClusterError for one that is not there, or is listed twice.
+        """
+        chosen: list[str] = []
+        for word in (word.strip() for word in text.split(",")):
+            first, dash, last = word.partition("-")
+            if word.isdecimal():
+                positions = range(int(word), int(word) + 1)
+            elif dash and first.isdecimal() and last.isdecimal():
+                positions = range(int(first), int(last) + 1)
+            else:
+                if self._index.get(word, len(self.devices)) >= len(self.devices):
+                    close = difflib.get_close_matches(word, [device.name for device in self.devices], n=1, cutoff=0)
+                    raise ClusterError(
+                        f"no device is named {word!r}",
+                        place=place,
+                        remedy=f"write positions (0,1,4) or names ({close[0]})",
+                    )
+                chosen.append(word)
+                continue
+            if not positions or positions[-1] >= len(self.devices):
+                raise ClusterError(
+                    f"{word!r} is not in this cluster",
+                    place=place,
+                    remedy=f"positions are 0 to {len(self.devices) - 1}",
+                )
+            chosen.extend(self.devices[position].name for position in positions)
+        for position, name in enumerate(chosen):
+            if name in chosen[:position]:
+                raise ClusterError(f"device {name!r} is listed twice", place=place, remedy="list each once")
+        return tuple(chosen)
+
     def subset(self, names: Iterable[str] | int) -> Cluster:
         """The cluster with only these devices (or the first so many); switches and links that serve them stay.
 

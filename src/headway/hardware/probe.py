@@ -40,6 +40,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -72,7 +73,7 @@ class Probe(Value):
     took_seconds: float
     busy_processes: float  # load average of the minute before; far above 0, the figures are too low
     torch_version: str
-    backend: str  # "gloo", "nccl", or "" with a single rank
+    backend: str  # "gloo", "nccl", "headway", or "" with a single rank
     format: int = _FORMAT
 
     def fitted_seconds(self, point: Point) -> float:
@@ -96,18 +97,24 @@ def ring_all_reduce_seconds(
 
 
 def probe(
-    count: int | None = None, refresh: bool = False, progress: Progress | None = None, *, seconds: float = 6.0
+    count: int | None = None,
+    refresh: bool = False,
+    progress: Progress | None = None,
+    *,
+    seconds: float = 6.0,
+    exchange: Literal["torch", "headway"] = "torch",
 ) -> Probe:
     """This machine with `count` local ranks (one for each GPU or core if None), from the cache or measured now.
 
-    `progress` is called with a line of text at each stage. `seconds` is the time for measuring; starting the
-    processes comes on top. An unreadable cache is measured again, and a cache that cannot be written is reported
+    `exchange` says whose collectives are measured: those of torch's own backend, or Headway's programs (backend
+    "headway"). `progress` is called with a line of text at each stage. `seconds` is the time for measuring; starting
+    the processes comes on top. An unreadable cache is measured again, and a cache that cannot be written is reported
     through logging: neither is an error.
 
     Raises ClusterError for a count that this machine cannot hold, RankFailedError if a worker dies.
     """
     report = progress or (lambda text: None)
-    machine = _Machine()
+    machine = _Machine(exchange)
     count = machine.default_count if count is None else count
     if count < 1:
         raise ClusterError(f"{count} devices asked for", place="local", remedy="ask for at least one")
@@ -155,7 +162,8 @@ def _cached(path: Path, fingerprint: str) -> Probe | None:
 class _Machine:
     """What can be known about this machine without measuring."""
 
-    def __init__(self) -> None:
+    def __init__(self, exchange: str = "torch") -> None:
+        self.exchange = exchange
         # Imported where used: torch takes seconds to load, and the module's types are needed without it.
         import torch
 
@@ -170,11 +178,20 @@ class _Machine:
         self.memory_bytes = measure_memory()
 
     @property
+    def backend(self) -> str:
+        """Of torch.distributed: what carries out the collectives that are measured."""
+        if self.exchange != "torch":
+            return self.exchange
+        return "nccl" if self.gpus else "gloo"
+
+    @property
     def default_count(self) -> int:
         return len(self.gpus) or self.cores
 
     def fingerprint(self, count: int) -> str:
         facts = (_FORMAT, self.processor, self.cores, self.memory_bytes, self.gpus, self.torch_version, count)
+        if self.exchange != "torch":
+            facts = (*facts, self.exchange)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
@@ -284,7 +301,7 @@ def _measure(machine: _Machine, count: int, seconds: float, progress: Progress) 
         took_seconds=time.monotonic() - started,
         busy_processes=busy,
         torch_version=machine.torch_version,
-        backend="" if count == 1 else "nccl" if machine.gpus else "gloo",
+        backend="" if count == 1 else machine.backend,
     )
 
 
@@ -387,6 +404,7 @@ def _run_workers(machine: _Machine, count: int, threads: int, seconds: float, pr
                 rendezvous=(folder / "rendezvous").as_uri(),
                 memory_bytes=machine.memory_bytes / count,
                 seconds=seconds,
+                backend=machine.backend,
             )
             text = msgspec.json.encode(task).decode()
             # -P: a torch.py in the user's folder must not be taken for the real one.

@@ -37,6 +37,7 @@ class Task(Value):
     rendezvous: str  # file:// address
     memory_bytes: float  # of one rank: bounds the arrays it streams
     seconds: float
+    backend: str  # of torch.distributed
 
 
 class Point(Value):
@@ -221,9 +222,8 @@ class _Rank:
         )
 
     def join(self) -> None:
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(
-            backend, init_method=self.task.rendezvous, rank=self.task.rank, world_size=self.task.count
+            self.task.backend, init_method=self.task.rendezvous, rank=self.task.rank, world_size=self.task.count
         )
 
 

@@ -41,6 +41,7 @@ class Plan(Value):
     - `tensor_sharding`: module path to "column" or "row" (see `workload.graph.TensorBlock`); empty when tensor is 1.
     - `precision`: dtype of the forward and backward pass; parameters and optimizer states stay in float32.
     - `bucket_bytes`: gradients are reduced in buckets of this size while backward goes on, if `overlap`.
+    - `exchange`: who carries out the collectives: torch's own backend (gloo, nccl), or Headway's programs.
     - `devices`: the name of each rank's device in the cluster.
     """
 
@@ -58,6 +59,7 @@ class Plan(Value):
     precision: Literal["float32", "bfloat16"] = "float32"
     bucket_bytes: int = 25 * 2**20
     overlap: bool = True
+    exchange: Literal["torch", "headway"] = "torch"
 
     @property
     def world_size(self) -> int:
@@ -115,6 +117,8 @@ class Plan(Value):
             parts.append("recompute" if again == layers else f"recompute {again}/{layers}")
         if self.precision != "float32":
             parts.append(self.precision)
+        if self.exchange != "torch":
+            parts.append(f"exchange by {self.exchange}")
         return ", ".join(parts)
 
     def validate(self, graph: Graph | None = None, cluster: Cluster | None = None, *, place: str = "plan") -> Plan:

@@ -22,11 +22,13 @@ from headway.hardware.probe import Probe
 from headway.plan.plan import Plan
 from headway.predict.prediction import Memory, Prediction
 from headway.search.find import Ranking
+from headway.simulate.compare import Comparison
 from headway.units import format_bytes, format_count, format_energy, format_flop, format_rate, format_seconds
 from headway.workload.graph import Layer, Workload
 
 __all__ = [
     "Terminal",
+    "algorithms_table",
     "cluster_table",
     "comparison_table",
     "format_quantity",
@@ -190,6 +192,34 @@ def prediction_table(plan: Plan, prediction: Prediction) -> Table:
 
 
 _KINDS = ("parameters", "gradients", "optimizer", "activations", "communication", "workspace")
+
+
+def algorithms_table(comparison: Comparison) -> Table:
+    """Algorithms for one collective, the fastest first: times, bandwidths, share of the best possible rate."""
+    table = _table(
+        f"{comparison.collective} of {format_bytes(comparison.size_bytes)} among "
+        f"{_counted(len(comparison.devices), 'device')} of {comparison.cluster}",
+        "algorithm", "simulated", "predicted", "bandwidth", "bus bandwidth", "optimum", "bottleneck",
+        right=(1, 2, 3, 4, 5),
+    )  # fmt: skip
+    table.columns[0].no_wrap = True
+    for entry in comparison.entries:
+        if entry.left_out:
+            continue
+        table.add_row(
+            entry.algorithm,
+            format_seconds(entry.simulated_seconds),
+            format_seconds(entry.predicted_seconds),
+            format_rate(entry.bytes_per_second),
+            format_rate(entry.bus_bytes_per_second),
+            f"{entry.optimum_share:.0%}" if entry.optimum_share else "",
+            " > ".join(name.rsplit("/", 1)[-1] for name in entry.bottleneck) if entry.bottleneck else "",
+        )
+    left = [entry for entry in comparison.entries if entry.left_out]
+    if left:
+        table.caption = "Left out: " + "; ".join(f"{entry.algorithm} ({entry.left_out})" for entry in left)
+        table.caption_justify = "left"
+    return table
 
 
 def memory_table(memory: Sequence[Memory]) -> Table:

@@ -427,6 +427,7 @@ class _Search:
             zero_stage=zero,  # type: ignore[arg-type]
             tensor_sharding=self.space.split(mesh.tensor).sharding,
             precision=self.space.precision,
+            exchange=self.space.constraints.exchange,
         )
 
     def _stage(self, start: int, stop: int, recompute: frozenset[int]) -> Stage:

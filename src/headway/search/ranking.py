@@ -19,7 +19,8 @@ class Constraints(Value):
 
     `recompute`: "any" recomputes as few layers as make the plan fit, "none" and "full" say what it says.
     `memory_fraction`: the share of a device's memory that a plan may fill; the rest is for the framework itself and
-    for fragmentation.
+    for fragmentation. `exchange`: who carries out the collectives of all plans (see Plan); on a probed machine its
+    figures must have been measured with the same.
     """
 
     data: int | None = None
@@ -31,6 +32,7 @@ class Constraints(Value):
     schedule: Literal["none", "gpipe", "1f1b", "interleaved"] | None = None
     precision: Literal["float32", "bfloat16"] | None = None
     memory_fraction: float = 0.95
+    exchange: Literal["torch", "headway"] = "torch"
 
     def validate(self, *, place: str = "constraints") -> Constraints:
         """These constraints, or FieldError naming the field that no plan can meet."""

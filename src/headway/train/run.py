@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 import torch
@@ -90,14 +90,15 @@ def find_cluster(
     *,
     refresh: bool = False,
     progress: Callable[[str], None] | None = None,
+    exchange: Literal["torch", "headway"] = "torch",
 ) -> Cluster:
     """The cluster that a specification names (`local`, a preset, a file), cut to so many devices if given.
 
     `local` with a number of devices is probed with that many processes: their speed depends on how many share the
-    machine. Raises ClusterError, FileError or FieldError.
+    machine; `exchange` says whose collectives are measured. Raises ClusterError, FileError or FieldError.
     """
     if specification == "local":
-        return probe(count=devices, refresh=refresh, progress=progress).cluster
+        return probe(count=devices, refresh=refresh, progress=progress, exchange=exchange).cluster
     cluster = load_cluster(specification)
     return cluster if devices is None else cluster.subset(devices)
 
@@ -220,7 +221,8 @@ def run(
         if plan is not None and devices is None:
             devices = plan.world_size
         watcher.stage("Probing this machine" if cluster == "local" else f"Reading {cluster}")
-        machines = find_cluster(cluster, devices, progress=watcher.stage)
+        exchange = plan.exchange if plan is not None else constraints.exchange if constraints is not None else "torch"
+        machines = find_cluster(cluster, devices, progress=watcher.stage, exchange=exchange)
         watcher.probed(machines)
         ranking: Ranking | None = None
         if plan is None:

@@ -88,7 +88,7 @@ class Session:
         self.plan, self.workload = (None, None) if self.is_trace else _read_plan(self.world_size)
         self.device = _device(local_rank, self.is_trace)
         if self.world_size > 1 and not dist.is_initialized():
-            _join(self.rank, self.world_size, self.device)
+            _join(self.rank, self.world_size, self.device, self.plan)
         self.steps_done = 0
         self.steps: int | None = None
         self._resume = None if self.is_trace else _path("HEADWAY_RESUME")
@@ -626,9 +626,11 @@ def _device(local_rank: int, is_trace: bool) -> torch.device:
     return device
 
 
-def _join(rank: int, world_size: int, device: torch.device) -> None:
+def _join(rank: int, world_size: int, device: torch.device, plan: Plan | None) -> None:
     method = os.environ.get("HEADWAY_INIT_METHOD", "env://")
-    if device.type == "cuda":
+    if plan is not None and plan.exchange == "headway":
+        dist.init_process_group("headway", init_method=method, rank=rank, world_size=world_size)
+    elif device.type == "cuda":
         dist.init_process_group("nccl", init_method=method, rank=rank, world_size=world_size, device_id=device)
     else:
         dist.init_process_group("gloo", init_method=method, rank=rank, world_size=world_size)
