@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 from headway.errors import InputError, PlanError
+from headway.exchange.placement import _first_host
 from headway.plan.plan import Plan, Stage
 from headway.train.data import StepSampler, split_batch
 from headway.train.measure import Meter, allocated_peak
-from headway.train.session import _first_host, optimizer_kind, start
+from headway.train.session import optimizer_kind, start
 from headway.workload.graph import Workload
 
 SCRIPT = textwrap.dedent("""

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from headway.collective.program import Collective
 from headway.errors import HeadwayError, InputError, MismatchError, RankFailedError
+from headway.exchange.entry import announce
 from headway.exchange.flat import Flat, Scratch, by_dtype, bytes_of, check_alike, joined, listed, slices, text_of
 from headway.exchange.mailbox import Ticket
 from headway.exchange.membership import Membership
@@ -650,8 +651,7 @@ def _create(options: Any, backend_options: Any = None) -> HeadwayProcessGroup:
 
 def register() -> None:
     """Make "headway" a backend of torch.distributed. Importing this module does it; a second call does nothing."""
-    if BACKEND.upper() not in dist.Backend._plugins:
-        dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu", "cuda"])
+    announce()
 
 
 def set_algorithm(algorithm: str, collective: Collective | None = None, group: dist.ProcessGroup | None = None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -22,9 +22,12 @@ from headway.hardware.probe import Probe
 from headway.plan.plan import Plan
 from headway.predict.prediction import Memory, Prediction
 from headway.search.find import Ranking
-from headway.simulate.compare import Comparison
 from headway.units import format_bytes, format_count, format_energy, format_flop, format_rate, format_seconds
 from headway.workload.graph import Layer, Workload
+
+if TYPE_CHECKING:
+    # It compiles: verbs that simulate nothing need not wait for that.
+    from headway.simulate.compare import Comparison
 
 __all__ = [
     "Terminal",

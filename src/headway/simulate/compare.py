@@ -17,7 +17,7 @@ from headway.value import Value
 
 __all__ = ["Compared", "Comparison", "Entry", "compare"]
 
-# Blink, rings and trees by name: collectives for which a bound on the rate is known.
+# The collectives for which a bound on the rate is known.
 _BOUNDED = {"broadcast", "reduce", "all_gather", "reduce_scatter", "all_reduce"}
 
 

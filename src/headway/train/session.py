@@ -16,7 +16,6 @@ import contextlib
 import inspect
 import json
 import os
-import re
 import signal
 import statistics
 import threading
@@ -34,6 +33,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 from headway.errors import FieldError, InputError, PlanError, RunError, TraceError
+from headway.exchange.placement import place_of, whole_number
 from headway.hardware.host import keep_freed_memory
 from headway.plan.plan import Plan, Stage
 from headway.train import checkpoint, measure
@@ -96,7 +96,7 @@ class Session:
             self.steps_done = checkpoint.step_of(self._resume)
         directory = _path("HEADWAY_RUN_DIRECTORY")
         self.run_directory = None if self.is_trace else directory
-        self._checkpoint_every = _number("HEADWAY_CHECKPOINT_EVERY")
+        self._checkpoint_every = whole_number(os.environ, "HEADWAY_CHECKPOINT_EVERY", 0)
         self._model: nn.Module | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._scheduler: Any = None
@@ -596,25 +596,10 @@ def _read_plan(world_size: int) -> tuple[Plan | None, Workload | None]:
 
 
 def _place_among_ranks() -> tuple[int, int, int]:
-    """(rank, world size, rank on this node), from what torchrun, Slurm or the launcher set; (0, 1, 0) without them."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        rank = _number("RANK")
-        return rank, _number("WORLD_SIZE"), _number("LOCAL_RANK", rank)
-    if "SLURM_PROCID" in os.environ and _number("SLURM_NTASKS", 1) > 1 and "SLURM_STEP_ID" in os.environ:
-        if "MASTER_ADDR" not in os.environ:
-            hosts = os.environ.get("SLURM_NODELIST", "")
-            first = os.environ.get("SLURM_LAUNCH_NODE_IPADDR") if not hosts else _first_host(hosts)
-            os.environ["MASTER_ADDR"] = first or "127.0.0.1"
-        # The same on every rank of a job, and another for the next job on these machines.
-        os.environ.setdefault("MASTER_PORT", str(29500 + _number("SLURM_JOB_ID", 0) % 1000))
-        return _number("SLURM_PROCID"), _number("SLURM_NTASKS"), _number("SLURM_LOCALID", 0)
-    return 0, 1, 0
-
-
-def _first_host(hosts: str) -> str:
-    """The first of Slurm's compressed list: `gpu[03-05,7],login1` → `gpu03`."""
-    found = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", hosts)
-    return "" if found is None else (found[1] + (found[2] or "") + (found[3] or ""))
+    """(rank, world size, rank on this node), from what started this process; (0, 1, 0) if nothing says."""
+    place = place_of(os.environ)
+    os.environ.update(place.variables)
+    return place.rank, place.size, place.local_rank if place.local_rank >= 0 else place.rank
 
 
 def _device(local_rank: int, is_trace: bool) -> torch.device:
@@ -649,11 +634,3 @@ def _forget_later_metrics(path: Path, step: int) -> None:
 def _path(variable: str) -> Path | None:
     value = os.environ.get(variable, "")
     return Path(value) if value else None
-
-
-def _number(variable: str, default: int = 0) -> int:
-    text = os.environ.get(variable, "")
-    try:
-        return int(text) if text else default
-    except ValueError:
-        raise FieldError(f"{text!r} is not a whole number", place=variable) from None
