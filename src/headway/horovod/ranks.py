@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import os
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from headway.errors import FieldError, InputError
 from headway.exchange.batches import Task
 from headway.exchange.controller import Controller, Handle, Options
+from headway.exchange.ending import LETTING_GO_SECONDS
 from headway.exchange.negotiation import Submission
 from headway.exchange.placement import place_of, whole_number
 
@@ -206,6 +208,7 @@ def shutdown() -> None:
         if process_set is not global_process_set:
             process_set.process_set_id = None
     if left.owns_distributed and dist.is_initialized():
+        time.sleep(LETTING_GO_SECONDS)  # see headway.exchange.ending
         dist.destroy_process_group()
 
 

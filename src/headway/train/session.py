@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 from headway.errors import FieldError, InputError, PlanError, RunError, TraceError
+from headway.exchange.ending import gather_bytes, leave_group
 from headway.exchange.placement import place_of, whole_number
 from headway.hardware.host import keep_freed_memory
 from headway.plan.plan import Plan, Stage
@@ -495,8 +496,7 @@ class Session:
             signal.signal(number, handler)
         self._handlers.clear()
         if self.world_size > 1 and dist.is_initialized():
-            dist.barrier()
-            dist.destroy_process_group()
+            leave_group(self.device)
 
     def _report(self) -> None:
         """Say what was measured; rank 0 writes down what all ranks did."""
@@ -508,14 +508,12 @@ class Session:
             peak = float(torch.cuda.max_memory_allocated(self.device))
         mine = self._meter.measured(peak_bytes=peak, peak_resident_bytes=resident)
         emit("measured", rank=self.rank, time=msgspec.to_builtins(mine.time), peak_bytes=peak)
-        everyone: list[measure.Measured | None] = [None] * self.world_size
+        everyone = [msgspec.json.encode(mine)]
         if self.world_size > 1:
-            dist.all_gather_object(everyone, mine)
-        else:
-            everyone[0] = mine
+            everyone = gather_bytes(everyone[0], self.device)
         if self.rank != 0 or self.run_directory is None:
             return
-        ranks = [each for each in everyone if each is not None]
+        ranks = [msgspec.json.decode(each, type=measure.Measured) for each in everyone]
         # The rank that computes longest bounds the step; the others wait for it.
         bound = max(ranks, key=lambda each: each.time.compute_seconds + each.time.optimizer_seconds)
         seconds = statistics.median(self._wall_seconds) if self._wall_seconds else mine.time.step_seconds
