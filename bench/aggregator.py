@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import datetime
 import json
-import platform
 import socket
 import statistics
 import subprocess
@@ -39,7 +38,7 @@ from headway.collective.packets import HEADER_BYTES, LARGEST_PAYLOAD_BYTES
 from headway.exchange.aggregation import AggregationClient
 from headway.simulate.switch import SwitchModel, compare_switch
 from headway.units import format_bytes, format_rate, format_seconds
-from headway.value import write_atomically
+from record import new_record, save_record
 
 HERE = Path(__file__).parent
 DATAGRAM_BYTES = LARGEST_PAYLOAD_BYTES + HEADER_BYTES
@@ -262,26 +261,14 @@ def main() -> None:
         work(int(rank), int(size), Path(folder), ports_and_pids[:2], ports_and_pids[2:], arguments)
         return
     console = Console(width=100 if not sys.stdout.isatty() else None, highlight=False)
-    record: dict = {
-        "command": "python bench/aggregator.py " + " ".join(sys.argv[1:]),
-        "date": datetime.date.today().isoformat(),
-        "hardware": {"processor": _processor(), "cores": torch.get_num_threads(), "torch": torch.__version__},
-        "seed": SEED,
-    }
+    record = new_record(SEED, cores=torch.get_num_threads(), torch=torch.__version__)
     if arguments.only != "simulated":
         record["measured"] = [measure(int(size), sys.argv[1:]) for size in arguments.workers.split(",")]
         console.print(measured_table(record["measured"]))
     if arguments.only != "measured":
         record["simulated"] = simulated_rows()
         console.print(simulated_table(record["simulated"]))
-    write_atomically(arguments.output, json.dumps(record, indent=1) + "\n")
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
+    save_record(record, arguments.output)
 
 
 if __name__ == "__main__":

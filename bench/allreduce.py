@@ -14,7 +14,6 @@ would have taken as much processor time. Run it on an otherwise idle machine.
 import argparse
 import datetime
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -34,7 +33,7 @@ from headway.collective.algorithms import generate
 from headway.exchange.choice import cluster_of
 from headway.exchange.executor import Communicator
 from headway.units import format_bytes, format_seconds
-from headway.value import write_atomically
+from record import new_record, save_record
 
 HERE = Path(__file__).parent
 SIZES = (1_000, 16_000, 256_000, 1_000_000, 4_000_000, 16_000_000, 64 * 2**20, 256_000_000)
@@ -163,21 +162,11 @@ def main() -> None:
     algorithms = arguments.algorithms.split(",")
     console = Console(width=100 if not sys.stdout.isatty() else None, highlight=False)
     console.print(table_of(rows, algorithms))
-    record = {
-        "command": "python bench/allreduce.py " + " ".join(sys.argv[1:]),
-        "date": datetime.date.today().isoformat(),
-        "hardware": {"processor": _processor(), "cores": torch.get_num_threads(), "torch": torch.__version__},
+    record = new_record("nothing is drawn", cores=torch.get_num_threads(), torch=torch.__version__) | {
         "dtype": arguments.dtype,
         "rows": rows,
     }
-    write_atomically(arguments.output, json.dumps(record, indent=1) + "\n")
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
+    save_record(record, arguments.output)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ CPU-seconds are those of generation alone, topology included, after one generati
 """
 
 import argparse
-import datetime
 import itertools
-import json
 import platform
 import statistics
 import sys
@@ -35,7 +33,7 @@ from headway.collective.verify import verify
 from headway.errors import HeadwayError
 from headway.hardware.catalog import load_cluster
 from headway.hardware.cluster import Cluster
-from headway.value import write_atomically
+from record import new_record, save_record
 
 HERE = Path(__file__).parent
 
@@ -202,27 +200,16 @@ def main() -> None:
     console.print(f"CPU-seconds for all allocations of both machines and {len(COLLECTIVES)} collectives: {said}")
     console.print(f"programs proven right by symbolic execution; failed: {failed}")
     if arguments.output is not None:
-        record = {
-            "command": "python bench/collectives.py " + " ".join(sys.argv[1:]),
-            "date": datetime.date.today().isoformat(),
-            "hardware": {"processor": _processor(), "python": platform.python_version()},
-            "seed": "nothing is random",
+        record = new_record("nothing is random", python=platform.python_version()) | {
             "repeat": arguments.repeat,
             "cpu_seconds": totals,
             "allocations": summaries,
             "whole": whole,
             "rows": [row for _, rows in groups for row in rows],
         }
-        write_atomically(arguments.output, json.dumps(record, indent=1) + "\n")
+        save_record(record, arguments.output)
     if failed:
         sys.exit(1)
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
 
 
 if __name__ == "__main__":

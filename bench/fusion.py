@@ -2,12 +2,17 @@
 
     python bench/fusion.py                     gloo and Headway's own backend, 2 and 4 processes; a few minutes
     python bench/fusion.py --ranks 2 --backends gloo --rounds 3
+    python bench/fusion.py --only training     real training steps, 2 processes
 
 Each way is measured in turn in each round (median over the rounds, slowest rank): "one by one" waits for each
 all-reduce, "all at once" starts all 161 and then waits; "fused" copies tensors into buffers of at most the threshold
 by `headway.collective.fusion.fuse`, all-reduces these and copies back. Beside each stands what `simulate.overlap` says
-for the same, given what single all-reduces of a few sizes and a copy took in the same processes. Run it on an otherwise
-idle machine.
+for the same, given what single all-reduces of a few sizes and a copy took in the same processes.
+
+Training is ResNet-50 on small random images: DistributedDataParallel on either backend, gradients by priority past the
+end of the step on either (`PriorityExchange`), and the negotiated, fused exchange of `headway.horovod` with its
+autotuner. All see the same data, so their losses must be equal. They take turns, two steps each; time is of the slowest
+rank, the median over the turns, processor time of both ranks together. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -17,13 +22,13 @@ import datetime
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,20 +36,26 @@ import torch.distributed as dist
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from headway.collective.fusion import Request, fuse
+from headway.exchange.ending import leave_group
+from headway.exchange.scheduled import PriorityExchange
 from headway.simulate.overlap import Fifo, Fused, Layer, Policy, play_step
 from headway.units import format_bytes, format_seconds
-from headway.value import write_atomically
 from headway.workload import zoo
+from record import new_record, save_record
 
 HERE = Path(__file__).parent
 MODEL = "resnet50"
+TRAINING = "training"
 MEBIBYTE = 2**20
 THRESHOLDS = (1 * MEBIBYTE, 8 * MEBIBYTE, 32 * MEBIBYTE, 128 * MEBIBYTE)
 SIZES = (256, 4096, 65536, MEBIBYTE, 8 * MEBIBYTE, 32 * MEBIBYTE, 128 * MEBIBYTE)
 COPIED = 64 * MEBIBYTE  # beyond any cache, as the gradients are
 LONGEST_SECONDS = 900.0  # for one set of processes
+STEPS = 2  # of training, in a turn
+IMAGES, PIXELS = 4, 64
 
 
 def gradient_shapes() -> list[tuple[str, tuple[int, ...]]]:
@@ -82,18 +93,22 @@ def fused(gradients: list[torch.Tensor], batches: list[list[int]], buffer: torch
             part.copy_(result)
 
 
-def work(arguments: argparse.Namespace) -> None:
-    """One rank: measures, and rank 0 writes down the slowest rank's times."""
-    torch.set_num_threads(1)
-    if arguments.backend == "headway":
-        import headway.exchange.process_group  # noqa: F401 - registers the backend
+def join(arguments: argparse.Namespace, backend: str) -> None:
     dist.init_process_group(
-        arguments.backend,
+        backend,
         init_method=f"file://{arguments.folder}/store",
         rank=arguments.rank,
         world_size=arguments.size,
         timeout=datetime.timedelta(seconds=120),
     )
+
+
+def work(arguments: argparse.Namespace) -> None:
+    """One rank: measures, and rank 0 writes down the slowest rank's times."""
+    torch.set_num_threads(1)
+    if arguments.backend == "headway":
+        import headway.exchange.process_group  # noqa: F401 - registers the backend
+    join(arguments, arguments.backend)
     torch.manual_seed(arguments.rank)
     shapes = gradient_shapes()
     gradients = [torch.randn(shape) for _, shape in shapes]
@@ -140,6 +155,87 @@ def work(arguments: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
+def train(arguments: argparse.Namespace) -> None:
+    """One rank of training: measures, checks that all ways have the same losses, and rank 0 writes it down."""
+    import headway.horovod as hvd
+    from headway.exchange import process_group
+
+    os.environ["HOROVOD_AUTOTUNE"] = "1"
+    torch.set_num_threads(1)
+    join(arguments, "gloo")
+    process_group.register()
+    hvd.init()
+    backends = {"gloo": None, "headway": dist.new_group(backend="headway")}
+    steps: dict[str, Callable[[int], float]] = {}
+    ends: dict[str, Callable[[], object]] = {}
+    for backend, group in backends.items():
+        model, optimizer = subject()
+        wrapped = nn.parallel.DistributedDataParallel(model, process_group=group, broadcast_buffers=False)
+        steps[f"DDP, {backend}"] = partial(step_of, wrapped, optimizer.step, optimizer)
+    for backend, group in backends.items():
+        model, optimizer = subject()
+        exchange = PriorityExchange(model, optimizer, group)
+        steps[f"by priority, {backend}"] = partial(step_of, model, exchange.step, None)
+        ends[f"by priority, {backend}"] = exchange.synchronize
+    model, optimizer = subject()
+    horovod = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
+    steps["horovod, autotuned"] = partial(step_of, model, horovod.step, horovod)
+    measured: dict[str, list[list[float]]] = {name: [] for name in steps}
+    losses: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(arguments.rounds + 1):
+        for name, step in steps.items():
+            dist.barrier()
+            begun, spent = time.perf_counter(), time.process_time()
+            for number in range(STEPS):
+                losses[name].append(step(STEPS * turn + number))
+            ends.get(name, int)()
+            took = torch.tensor([time.perf_counter() - begun, time.process_time() - spent], dtype=torch.float64) / STEPS
+            everybody = [torch.zeros(2, dtype=torch.float64) for _ in range(arguments.size)]
+            dist.all_gather(everybody, took)
+            if turn:  # the first is a warm-up
+                measured[name].append(
+                    [max(float(one[0]) for one in everybody), sum(float(one[1]) for one in everybody)]
+                )
+    expected = losses["DDP, gloo"]
+    for name, found in losses.items():
+        if found != expected:
+            raise SystemExit(f"{name} has losses {found}, DDP {expected}")
+    if arguments.rank == 0:
+        found = {
+            name: {
+                "seconds": statistics.median(one[0] for one in turns),
+                "fastest_seconds": min(one[0] for one in turns),
+                "cpu_seconds": statistics.median(one[1] for one in turns),
+                "last_loss": losses[name][-1],
+            }
+            for name, turns in measured.items()
+        }
+        (Path(arguments.folder) / "result.json").write_text(json.dumps(found))
+    hvd.shutdown()
+    leave_group(torch.device("cpu"))
+
+
+def subject() -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = zoo.build(MODEL)
+    return model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+
+def step_of(
+    model: nn.Module, update: Callable[[], object], optimizer: torch.optim.Optimizer | None, number: int
+) -> float:
+    """One step of training; its loss."""
+    source = torch.Generator().manual_seed(1000 * number + dist.get_rank())
+    images = torch.randn(IMAGES, 3, PIXELS, PIXELS, generator=source)
+    targets = torch.randint(0, 1000, (IMAGES,), generator=source)
+    loss = nn.functional.cross_entropy(model(images), targets)
+    loss.backward()
+    update()
+    if optimizer is not None:
+        optimizer.zero_grad()
+    return loss.item()
+
+
 def check(gradients: list[torch.Tensor], ways: dict[str, Callable[[], object]]) -> None:
     """Every way gives the same sums."""
     before = [gradient.clone() for gradient in gradients]
@@ -159,7 +255,18 @@ def check(gradients: list[torch.Tensor], ways: dict[str, Callable[[], object]]) 
 
 def measure(backend: str, size: int, rounds: int) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--folder", folder, "--size", str(size), "--rounds", str(rounds)]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore::FutureWarning",
+            __file__,
+            "--folder",
+            folder,
+            "--size",
+            str(size),
+            "--rounds",
+            str(rounds),
+        ]
         ranks = [
             subprocess.Popen([*command, "--rank", str(rank), "--backend", backend], stdout=sys.stderr)
             for rank in range(size)
@@ -208,6 +315,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--backends", nargs="+", default=["gloo", "headway"])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", choices=["exchange", TRAINING])
     parser.add_argument("--output", type=Path, default=HERE / "results" / "fusion.json")
     for name in ("--folder", "--backend"):
         parser.add_argument(name, help=argparse.SUPPRESS)
@@ -215,11 +323,42 @@ def main() -> None:
         parser.add_argument(name, type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.folder:
-        work(arguments)
+        train(arguments) if arguments.backend == TRAINING else work(arguments)
         return
+    record = new_record("the rank", cores=os.cpu_count(), torch=torch.__version__) | {
+        "rounds": arguments.rounds,
+    }
+    console = Console(width=110 if not sys.stdout.isatty() else None, highlight=False)
+    if arguments.only != TRAINING:
+        record |= exchanged(arguments, console)
+    if arguments.only != "exchange":
+        record[TRAINING] = trained(arguments, console)
+    save_record(record, arguments.output)
+
+
+def trained(arguments: argparse.Namespace, console: Console) -> dict[str, dict[str, float]]:
+    found = measure(TRAINING, 2, arguments.rounds)
+    title = f"A training step of {MODEL}, {IMAGES} images of {PIXELS} x {PIXELS} on each of 2 ranks; equal losses"
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
+    for column in ("way", "time", "fastest", "DDP, gloo", "CPU time", "DDP, gloo"):
+        table.add_column(column, justify="left" if column == "way" else "right")
+    plain = found["DDP, gloo"]
+    for name, one in found.items():
+        table.add_row(
+            name,
+            format_seconds(one["seconds"]),
+            format_seconds(one["fastest_seconds"]),
+            f"{one['seconds'] / plain['seconds']:.2f}x",
+            format_seconds(one["cpu_seconds"]),
+            f"{one['cpu_seconds'] / plain['cpu_seconds']:.2f}x",
+        )
+    console.print(table)
+    return found
+
+
+def exchanged(arguments: argparse.Namespace, console: Console) -> dict:
     shapes = gradient_shapes()
     total = sum(4 * torch.Size(shape).numel() for _, shape in shapes)
-    console = Console(width=110 if not sys.stdout.isatty() else None, highlight=False)
     title = f"All-reduce of the {len(shapes)} gradients of {MODEL} ({format_bytes(total)}, float32)"
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
     for column in ("backend", "ranks", "way", "messages", "measured", "faster", "CPU time", "simulated", "error"):
@@ -269,23 +408,7 @@ def main() -> None:
             )
             table.add_section()
     console.print(table)
-    record = {
-        "command": "python bench/fusion.py " + " ".join(sys.argv[1:]),
-        "date": datetime.date.today().isoformat(),
-        "hardware": {"processor": _processor(), "cores": os.cpu_count(), "torch": torch.__version__},
-        "seed": "the rank",
-        "rounds": arguments.rounds,
-        "total_bytes": total,
-        "rows": rows,
-    }
-    write_atomically(arguments.output, json.dumps(record, indent=1) + "\n")
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
+    return {"total_bytes": total, "rows": rows}
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ Run it on an otherwise idle machine.
 """
 
 import argparse
-import datetime
-import json
 import platform
 import random
 import sys
@@ -31,7 +29,7 @@ from headway.predict.collective import predict_program
 from headway.simulate.communication import simulate
 from headway.simulate.engine import Engine
 from headway.simulate.network import Network
-from headway.value import write_atomically
+from record import new_record, save_record
 
 HERE = Path(__file__).parent
 SEED = 0
@@ -282,12 +280,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the results to this JSON file")
     arguments = parser.parse_args()
     console = Console(width=100 if not sys.stdout.isatty() else None, highlight=False)
-    record = {
-        "command": "python bench/simulation.py " + " ".join(sys.argv[1:]),
-        "date": datetime.date.today().isoformat(),
-        "hardware": {"processor": _processor(), "python": platform.python_version(), "numpy": np.__version__},
-        "seed": SEED,
-    }
+    record = new_record(SEED, python=platform.python_version(), numpy=np.__version__)
     if arguments.only in (None, "engine"):
         record["engine"] = engine_rows(arguments.rounds)
         show(console, "Events per second of processor time", record["engine"])
@@ -303,14 +296,7 @@ def main() -> None:
         ]
         show(console, "Collectives of 100 MB", narrow)
     if arguments.output is not None:
-        write_atomically(arguments.output, json.dumps(record, indent=1) + "\n")
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
+        save_record(record, arguments.output)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -15,17 +14,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 import headway.horovod as hvd
+import horovod_ranks
 from headway.errors import FieldError, InputError
 from headway.horovod.ranks import Context, options_from
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "mnist_horovod.py"
 
-_spec = importlib.util.spec_from_file_location("horovod_ranks", Path(__file__).with_name("horovod_ranks.py"))
-assert _spec is not None
-assert _spec.loader is not None
-horovod_ranks = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(horovod_ranks)
 
 pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("horovod")]
 

@@ -10,9 +10,13 @@ import json
 import math
 import os
 import random
+import select
 import signal
+import socket
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +51,33 @@ class BadNetwork:
             delivered.append(held.pop(self.random.randrange(len(held))))
         self.random.shuffle(delivered)
         return delivered
+
+
+class Relay(threading.Thread):
+    """Stands between a client and the server, with sockets of its own, and lets a bad network have what passes.
+
+    What it lets through may have a bit flipped. So the client needs no `disturb`, and takes its usual path.
+    """
+
+    def __init__(self, port: int, seed: int) -> None:
+        super().__init__(daemon=True)
+        self.network, self.server = BadNetwork(seed), ("127.0.0.1", port)
+        self.near, self.far = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
+        self.near.bind(("127.0.0.1", 0))
+        self.far.connect(self.server)
+        self.start()
+
+    def run(self) -> None:
+        client: Any = None
+        while True:
+            for ready in select.select((self.near, self.far), (), ())[0]:
+                datagram, source = ready.recvfrom(1 << 16)
+                client = source if ready is self.near else client
+                for passed in self.network(ready is self.near, datagram):
+                    data = bytearray(passed)
+                    if self.network.random.random() < 0.02:
+                        data[self.network.random.randrange(len(data))] ^= 1 << self.network.random.randrange(8)
+                    self.far.send(data) if ready is self.near else self.near.sendto(data, client)
 
 
 class DiesAfter:
@@ -119,17 +150,20 @@ def everything(client: AggregationClient, rank: int, workers: int) -> dict:
 
 def main(case: str, port: int, rank: int, workers: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    network = BadNetwork(rank) if case == "bad_network" else None
+    is_bad = case in ("bad_network", "bad_relays")
+    network = BadNetwork(rank) if is_bad and (case == "bad_network" or rank == 0) else None
+    if case == "bad_relays" and rank:
+        port = Relay(port, rank).near.getsockname()[1]
     found: dict = {}
     try:
         client = AggregationClient(
             ("127.0.0.1", port), job=3, workers=workers, token=TOKEN, disturb=network,
-            payload_bytes=512 if network else 65_000, patience_seconds=0.002,
+            payload_bytes=512 if is_bad else 65_000, patience_seconds=0.002,
             timeout_seconds=60.0,
         )  # fmt: skip
         with client:
             found["number"] = client.number
-            if network:
+            if is_bad:
                 found |= everything(client, rank, workers)
             else:
                 tensor = torch.ones(200_000)

@@ -23,6 +23,7 @@ import gloo_ranks
 
 from headway.collective.priority import SubTensor
 from headway.errors import HeadwayError, InputError, RunError
+from headway.exchange import process_group
 from headway.exchange.scheduled import PriorityExchange
 
 STEPS = 6
@@ -127,6 +128,13 @@ def everything(rank: int, size: int) -> dict:
     results.update(order(rank))
     results["misuse"] = misuse(dist.new_group([rank], use_local_synchronization=True))
     results["threads"] = threading.active_count() - before
+    process_group.register()
+    own: Any = dist.new_group([0, 1], backend="headway")
+    everybody: Any = dist.new_group(backend="headway")
+    results["on headway"] = training(rank, own) if rank < 2 else {}
+    results["on headway"].update(order(rank, everybody))
+    for group in (own, everybody) if rank < 2 else (everybody,):
+        dist.destroy_process_group(group)
     return results
 
 
@@ -143,7 +151,7 @@ def training(rank: int, group: Any) -> dict:
     return results
 
 
-def order(rank: int) -> dict:
+def order(rank: int, group: Any = None) -> dict:
     """What is started, and in which order, is written down."""
     source = random.Random(rank)
     started: list[tuple[str, int]] = []
@@ -159,7 +167,7 @@ def order(rank: int) -> dict:
         hurried.append(int(part.tensor))
         produced.wait(60)
 
-    exchange = PriorityExchange(model, updates, partition_bytes=256, credit_bytes=256, on_start=start_slowly)
+    exchange = PriorityExchange(model, updates, group, partition_bytes=256, credit_bytes=256, on_start=start_slowly)
     model(torch.randn(4, 16)).sum().backward()
     exchange.step()
     produced.set()
@@ -171,6 +179,7 @@ def order(rank: int) -> dict:
     exchange = PriorityExchange(
         model,
         updates,
+        group,
         partition_bytes=256,
         credit_bytes=512,
         on_start=lambda part: started.append((part.tensor, part.part)),
@@ -213,11 +222,17 @@ def misuse(alone: Any) -> dict:
     return messages
 
 
-def killed(rank: int, size: int) -> dict:
+def killed_on_headway(rank: int, size: int) -> dict:
+    """The same, on Headway's own backend."""
+    process_group.register()
+    return killed(rank, size, dist.new_group(backend="headway"))
+
+
+def killed(rank: int, size: int, group: Any = None) -> dict:
     """Rank 1 dies in mid-step; the others must hear of it."""
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
     updates = torch.optim.SGD(model.parameters(), lr=0.01)
-    exchange = PriorityExchange(model, updates, partition_bytes=1024, credit_bytes=4096, timeout_seconds=20)
+    exchange = PriorityExchange(model, updates, group, partition_bytes=1024, credit_bytes=4096, timeout_seconds=20)
     begun = time.monotonic()
     try:
         for step in range(50):

@@ -21,9 +21,11 @@ import numpy as np
 import pytest
 import torch
 
+from headway.collective.aggregation_worker import Worker
 from headway.collective.packets import Kind, Packet, encode
 from headway.errors import FieldError, InputError, MismatchError, RankFailedError, RunError, StalledError
 from headway.exchange.aggregation import AggregationClient, AggregationServer, main
+from headway.exchange.datagrams import is_supported
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "aggregation_workers.py"
@@ -89,19 +91,22 @@ def wait_for(*paths: Path) -> None:
         time.sleep(0.02)
 
 
-def test_all_ways_types_and_sizes_are_bit_exact_under_loss_duplication_and_reordering(tmp_path):
+@pytest.mark.parametrize(("case", "count"), [("bad_network", 3), ("bad_relays", 2)])
+def test_all_ways_types_and_sizes_are_bit_exact_under_loss_duplication_and_reordering(tmp_path, case, count):
+    # In the second case, one worker's packets pass the interpreter, and the other's compiled code: they must agree.
     with (
         server_process(tmp_path) as (server, port),
-        worker_processes("bad_network", port, 3, tmp_path) as processes,
+        worker_processes(case, port, count, tmp_path) as processes,
     ):
         found = finish(processes, tmp_path)
-        assert [each.get("wrong", each) for each in found] == [[]] * 3
+        assert [each.get("wrong", each) for each in found] == [[]] * count
         assert len({each["digest"] for each in found}) == 1
         assert all(each["asked"] > 0 for each in found)
         server.send_signal(signal.SIGINT)
         _, said = server.communicate(timeout=LONG_SECONDS)
         assert server.returncode == 130
         assert "stopped after" in said
+        assert re.search(r"duplicates [1-9]", said)
 
 
 def test_survivors_of_a_killed_worker_name_it_after_the_time_out(tmp_path):
@@ -182,6 +187,26 @@ def test_large_tiny_infinite_and_missing_numbers_each_spoil_only_their_own_segme
     assert (found[0:4] - right[0:4]).abs().max() <= 3.4e38 * 2.0**-28
     assert (found[4:8] - right[4:8]).abs().max() <= 2.0**-125 * 2.0**-28
     assert found[16:].tolist() == [0] * 5
+
+
+@pytest.mark.skipif(not is_supported(), reason="needs the system calls of Linux")
+def test_what_is_in_order_does_not_pass_the_interpreter(server: Any, monkeypatch):
+    clients = join(server, 2, patience_seconds=10.0)
+    monkeypatch.setattr(Worker, "handle", None)
+    monkeypatch.setattr(server.aggregator, "handle", None)
+    source = np.random.default_rng(0)
+    values = source.standard_normal((2, 3_000_001)).astype(np.float32)
+    ways: tuple[Any, Any] = ("integer", "ordered")
+    for how in ways:
+        tensors = [torch.from_numpy(one.copy()) for one in values]
+        outcomes = together(
+            *[lambda c=c, t=t, h=how: c.all_reduce(t, how=h) for c, t in zip(clients, tensors, strict=True)]
+        )
+        assert outcomes == [(2, 2, False, False)] * 2
+        assert tensors[0].equal(tensors[1])
+        torch.testing.assert_close(tensors[0], torch.from_numpy(values.sum(0)))
+    monkeypatch.undo()
+    close(clients)
 
 
 def test_an_integer_sum_that_leaves_its_range_is_flagged(server):
@@ -398,7 +423,7 @@ def test_no_socket_and_no_thread_is_left_behind():
         client.all_reduce(torch.ones(1))
 
 
-def test_what_makes_no_sense_is_refused(server, tmp_path, capsys):
+def test_what_makes_no_sense_is_refused(server, tmp_path, capsys, monkeypatch):
     with pytest.raises(FieldError, match="without a token"):
         AggregationServer("0.0.0.0")
     with pytest.raises(InputError, match="cannot listen"):
@@ -420,5 +445,15 @@ def test_what_makes_no_sense_is_refused(server, tmp_path, capsys):
     assert main(["--port", "0", "--token-file", str(tmp_path / "none")]) == 2
     (tmp_path / "empty").write_text("\n")
     assert main(["--port", "0", "--token-file", str(tmp_path / "empty")]) == 2
-    assert main(["--host", "0.0.0.0"]) == 2
     assert "is empty" in capsys.readouterr().err
+    monkeypatch.delenv("HEADWAY_TOKEN", raising=False)
+    for wrong, said in (
+        (["--bind", "0.0.0.0"], "without a token"),
+        (["--bind", "somewhere"], "'somewhere' is no address"),
+        (["--port", "65536"], "0 to 65535"),
+        (["--workers", "0"], "1 to 65535"),
+        (["--slots", "0"], "1 to 65536"),
+        (["--jobs", "0"], "1 to 65536"),
+    ):
+        assert main(wrong) == 2
+        assert said in capsys.readouterr().err

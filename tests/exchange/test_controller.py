@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 
-_spec = importlib.util.spec_from_file_location("horovod_ranks", Path(__file__).parents[1] / "horovod_ranks.py")
-assert _spec is not None
-assert _spec.loader is not None
-horovod_ranks = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(horovod_ranks)
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import horovod_ranks
 
 pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("horovod")]
 

@@ -21,11 +21,17 @@ def same(left, right):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def found(tmp_path_factory):
     return gloo_ranks.run_case("everything", 3, tmp_path_factory.mktemp("scheduled"), file=FILE)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(params=["gloo", "headway"])
+def ranks(request, found):
+    """What each rank saw on a backend."""
+    return found if request.param == "gloo" else [{**rank, **rank["on headway"]} for rank in found]
+
+
+@pytest.fixture
 def trained(ranks):
     """The two ranks that trained, in a group of their own."""
     return ranks[:2]
@@ -53,8 +59,13 @@ def test_waiting_in_step_looking_in_between_and_whole_tensors_change_no_bit(trai
         assert same(rank["looked at"], rank["ddp", "adam"])
 
 
-def test_no_thread_is_left_behind(ranks):
-    assert [rank["threads"] for rank in ranks] == [0, 0, 0]
+def test_both_backends_give_the_same_bits(found):
+    for rank in found[:2]:  # two numbers have one sum
+        assert same(rank["priority", "adam"], rank["on headway"]["priority", "adam"])
+
+
+def test_no_thread_is_left_behind(found):
+    assert [rank["threads"] for rank in found] == [0, 0, 0]
 
 
 def test_parts_start_in_the_same_order_on_all_ranks_whatever_gets_ready_when(ranks):
@@ -77,8 +88,8 @@ def test_the_first_layers_gradients_overtake_the_last_ones_that_were_ready_befor
     assert others == expected
 
 
-def test_misuse_is_told_with_its_remedy(ranks):
-    for rank in ranks:
+def test_misuse_is_told_with_its_remedy(found):
+    for rank in found:
         messages = rank["misuse"]
         assert "across_steps=False" in messages["unsplit"]
         assert "model has not" in messages["foreign"]
@@ -88,8 +99,9 @@ def test_misuse_is_told_with_its_remedy(ranks):
         assert "sparse=False" in messages["sparse"]
 
 
-def test_when_a_rank_is_killed_the_others_raise(tmp_path):
-    survivors = [r for r in gloo_ranks.run_case("killed", 3, tmp_path, file=FILE, killed=1) if r is not None]
+@pytest.mark.parametrize("case", ["killed", "killed_on_headway"])
+def test_when_a_rank_is_killed_the_others_raise(tmp_path, case):
+    survivors = [r for r in gloo_ranks.run_case(case, 3, tmp_path, file=FILE, killed=1) if r is not None]
     assert len(survivors) == 2
     for survivor in survivors:
         assert survivor["failure"] == "RankFailedError", survivor["text"]

@@ -475,3 +475,9 @@ def test_what_cannot_be_is_refused():
     for wrong in ({"loss": 1.0}, {"congestion_floor": 0.0}, {"hop_seconds": -1.0}, {"message_seconds": math.inf}):
         with pytest.raises(InputError, match=next(iter(wrong))):
             Network(engine, line([1.0]), conditions=msgspec.structs.replace(Conditions(), **wrong))
+
+
+def test_what_is_through_when_a_link_goes_down_but_for_rounding_does_not_wait_for_it():
+    # 0.1 + 0.2 seconds are 0.30000000000000004, a moment after the link is gone.
+    left = played([1.0], [(0.1, 0, 0, 0.2, 1.0)], [(0.3, 0, 0.0), (9.0, 0, 1.0)])
+    assert left == pytest.approx([0.3])

@@ -11,13 +11,14 @@ for, less and less often, and another one only if something that was sent after 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from headway.collective.packets import Kind, Operation, Packet, Status, decode
 from headway.errors import FieldError, MismatchError, RankFailedError, StalledError
 
-__all__ = ["Worker"]
+__all__ = ["Progress", "Worker"]
 
 _MOST_PATIENCE_SECONDS = 1.0
 
@@ -40,6 +41,24 @@ class _Request:
     segment: int = 0
     due_seconds: float = -math.inf
     since_seconds: float | None = None
+
+
+class Progress(NamedTuple):
+    """How far a round has come: segments from `start` to `round_end`, of which those below `sent` were sent.
+
+    `waiting`: when each of those without a result was sent; `low` is the first of them, or `sent`. `received`: how many
+    have a result. `due_seconds`: when to ask for results; `answered_seconds`: when the latest of those was sent that
+    have been answered.
+    """
+
+    start: int
+    round_end: int
+    low: int
+    sent: int
+    waiting: Mapping[int, float]
+    received: int
+    due_seconds: float
+    answered_seconds: float
 
 
 class Worker:
@@ -207,6 +226,50 @@ class Worker:
     def has_to_send(self) -> bool:
         """Whether the window has room for a segment that was not sent yet, or one must be sent again."""
         return bool(self._again) or self._sent < min(self.next_segment, self._low + self.window)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a round is going on, and nothing but sending its segments for the first time and taking results."""
+        return not (
+            self.is_done
+            or self.halted
+            or self._is_leaving
+            or self._again
+            or self._request is not None
+            or not self._welcome
+        )
+
+    def progress(self) -> Progress:
+        """How far the round has come: for somebody else who goes on with it, and calls `catch_up` before `poll`."""
+        waiting = {segment: one.since_seconds for segment, one in self._waiting.items()}
+        return Progress(
+            self._start, self._round_end, self._low, self._sent, waiting, self._received, self._due_seconds,
+            self._answered_seconds,
+        )  # fmt: skip
+
+    def catch_up(
+        self, progress: Progress, counts: Any, partial: Any, now_seconds: float, *, overflow: bool = False
+    ) -> None:
+        """Take over what somebody else has sent and received for this worker while the round was plain.
+
+        `counts` and `partial` are arrays of what came out, by position, 0 where it did not come in elsewhere.
+        """
+        if progress.received > self._received:
+            self._heard_seconds, self._missing = now_seconds, 0
+        elif self._heard_seconds is None:
+            self._heard_seconds = now_seconds
+        self._waiting = {
+            segment: self._waiting.get(segment)
+            or _Waiting(since, since + self.patience_seconds, len(self._parts[segment - self._start]))
+            for segment, since in progress.waiting.items()
+        }
+        self._sent, self._received = progress.sent, progress.received
+        self._low = next(iter(self._waiting), self._sent)
+        self._due_seconds, self._answered_seconds = progress.due_seconds, progress.answered_seconds
+        self.overflow |= overflow
+        if self.is_done:
+            self.counts = [theirs or ours for theirs, ours in zip(counts.tolist(), self.counts, strict=True)]
+            self.partial = [theirs or ours for theirs, ours in zip(partial.tolist(), self.partial, strict=True)]
 
     @property
     def wake_seconds(self) -> float:

@@ -23,7 +23,7 @@ request carries a number, and is obeyed once.
 from __future__ import annotations
 
 import hmac
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,7 @@ import numpy as np
 from headway.collective.packets import Kind, Operation, Packet, Status, decode
 from headway.errors import FieldError
 
-__all__ = ["Aggregator", "Counters", "Outgoing", "reduce_contributions"]
+__all__ = ["Aggregator", "Contributions", "Counters", "Job", "Outgoing", "reduce_contributions"]
 
 Address = Hashable  # where packets of a worker come from and go to: (host, port), or anything in a simulation
 Outgoing = list[tuple[Address, Packet]]
@@ -69,8 +69,8 @@ class Counters:
 
 
 @dataclass
-class _Set:
-    """One set of one slot: the segment that is in it, who has contributed, and what."""
+class Contributions:
+    """What is in one set of one slot: the segment, who has contributed to it, and what, or their sum."""
 
     segment: int
     round_end: int
@@ -84,6 +84,25 @@ class _Set:
     parts: dict[int, bytes] = field(default_factory=dict)
     result: Packet | None = None
 
+    def add(self, worker: int, payload: bytes | memoryview) -> None:
+        """Take in a worker's contribution."""
+        self.bitmap |= 1 << worker
+        if self.operation is Operation.SUM_FLOAT32:
+            self.parts[worker] = bytes(payload)
+            return
+        array = np.frombuffer(payload, dtype=_DTYPES[self.operation])
+        if self.operation is Operation.MAX_UINT8:
+            self.total = array.copy() if self.total is None else np.maximum(self.total, array)
+        elif self.total is None and len(self.parts) < 2:
+            self.parts[worker] = bytes(payload)
+        else:
+            if self.total is None:
+                self.total = np.zeros(len(array), np.int64)
+                for part in self.parts.values():
+                    _add(self.total, np.frombuffer(part, dtype="<i4"))
+                self.parts.clear()
+            _add(self.total, array)
+
 
 @dataclass
 class _Member:
@@ -94,7 +113,9 @@ class _Member:
 
 
 @dataclass
-class _Job:
+class Job:
+    """A job: its members, what they have contributed, and from which segment on all of them take part (`settled`)."""
+
     token: bytes
     founders: int  # the job begins when so many have joined
     epoch: int
@@ -104,7 +125,7 @@ class _Job:
     opened: int = 0  # one past the last segment of the latest round that anybody has begun
     next_worker: int = 0
     members: dict[int, _Member] = field(default_factory=dict)
-    sets: dict[tuple[int, int], _Set] = field(default_factory=dict)
+    sets: MutableMapping[tuple[int, int], Contributions] = field(default_factory=dict)  # by slot and set
     everybody: int = 0  # bits of all members
     settled: int = 0  # from this segment on, all members take part
 
@@ -192,7 +213,7 @@ class Aggregator:
         self.most_jobs = jobs
         self.token = token
         self.counters = Counters()
-        self._jobs: dict[int, _Job] = {}
+        self._jobs: dict[int, Job] = {}
         self._next_epoch = first_epoch
         self._departed: dict[bytes, None] = {}  # nonces, the earliest first
 
@@ -268,7 +289,7 @@ class Aggregator:
                 self.counters.wrong += 1
                 return [(source, self._ack(packet, packet.epoch, Status.REFUSED))]
             if job is None:
-                job = self._jobs[packet.job] = _Job(token=token, founders=founders, epoch=self._new_epoch())
+                job = self._jobs[packet.job] = Job(token, founders, self._new_epoch(), sets=self._new_sets(packet.job))
             worker = job.next_worker
             job.next_worker += 1
             # Who comes when rounds are going on takes part from the next round on that nobody has begun.
@@ -283,19 +304,22 @@ class Aggregator:
             return [(other.address, self._welcome(job, packet, number)) for number, other in job.members.items()]
         return [(source, self._welcome(job, packet, worker))]
 
+    def _new_sets(self, job_number: int) -> MutableMapping[tuple[int, int], Contributions]:
+        return {}
+
     def _remember(self, nonce: bytes) -> None:
         self._departed[nonce] = None
         if len(self._departed) > _REMEMBERED:
             del self._departed[next(iter(self._departed))]
 
-    def _refuses(self, job: _Job | None, nonce: bytes, founders: int) -> bool:
+    def _refuses(self, job: Job | None, nonce: bytes, founders: int) -> bool:
         if nonce in self._departed:
             return True  # a Join that comes late, from a worker that would never answer
         if job is None:
             return len(self._jobs) >= self.most_jobs or not 1 <= founders < _MOST_WORKERS
         return job.next_worker >= _MOST_WORKERS or (not job.founded and founders != job.founders)
 
-    def _welcome(self, job: _Job, packet: Packet, worker: int) -> Packet:
+    def _welcome(self, job: Job, packet: Packet, worker: int) -> Packet:
         return self._ack(packet, job.epoch, Status.DONE if job.founded else Status.WAITING)._replace(
             worker=worker, segment=job.members[worker].first_segment, round_end=self.slots,
             payload=bytes((Kind.JOIN,)) + job.founders.to_bytes(4, "big"),
@@ -317,7 +341,7 @@ class Aggregator:
 
     # Requests
 
-    def _request(self, job: _Job, packet: Packet, member: _Member) -> Outgoing:
+    def _request(self, job: Job, packet: Packet, member: _Member) -> Outgoing:
         done = self._ack(packet, job.epoch, Status.DONE)._replace(round_end=packet.round_end)
         if packet.round_end <= member.request:
             self.counters.stale += 1
@@ -356,12 +380,12 @@ class Aggregator:
         )  # fmt: skip
 
     @staticmethod
-    def _halt(job: _Job, packet: Packet, worker: int) -> Packet:
+    def _halt(job: Job, packet: Packet, worker: int) -> Packet:
         return Packet(kind=Kind.HALT, job=packet.job, epoch=job.epoch, worker=worker)
 
     # Data
 
-    def _data(self, job: _Job, packet: Packet, member: _Member) -> Outgoing:
+    def _data(self, job: Job, packet: Packet, member: _Member) -> Outgoing:
         if job.halted:
             self.counters.halted += 1
             return [(member.address, self._halt(job, packet, packet.worker))]  # it has missed it
@@ -383,7 +407,7 @@ class Aggregator:
             if not self._may_open(job, segment):
                 self.counters.early += 1
                 return []
-            state = job.sets[key] = _Set(segment, packet.round_end, packet.operation, length)
+            state = job.sets[key] = Contributions(segment, packet.round_end, packet.operation, length)
             job.opened = max(job.opened, packet.round_end)
         elif state.segment > segment:
             self.counters.stale += 1
@@ -399,15 +423,14 @@ class Aggregator:
         if state.bitmap & bit:
             self.counters.duplicates += 1
             return []
-        self._add(state, packet)
-        state.bitmap |= bit
+        state.add(packet.worker, packet.payload)
         state.overflow |= packet.overflow
         self.counters.contributions += 1
         if not self._is_complete(job, state):
             return []
         return self._finish(job, packet.job, state)
 
-    def _may_open(self, job: _Job, segment: int) -> bool:
+    def _may_open(self, job: Job, segment: int) -> bool:
         """Whether the set that is next for `segment` may be used: the slot's other set must have its result.
 
         A worker that keeps to the window has that result. One that has just joined may be ahead of all the others, and
@@ -421,7 +444,7 @@ class Aggregator:
             return True
         return not job.taking_part(before)
 
-    def _refuse_mismatch(self, job: _Job, packet: Packet, state: _Set) -> Outgoing:
+    def _refuse_mismatch(self, job: Job, packet: Packet, state: Contributions) -> Outgoing:
         """Tell everybody who would wait in vain: whoever has contributed, and the one at odds with them."""
         state.at_odds |= 1 << packet.worker
         told = 1 << packet.worker | (state.bitmap if state.result is None else 0)
@@ -432,34 +455,16 @@ class Aggregator:
             if told >> worker & 1
         ]
 
-    def _mismatch(self, job: _Job, packet: Packet, state: _Set) -> Packet:
+    def _mismatch(self, job: Job, packet: Packet, state: Contributions) -> Packet:
         return self._ack(packet, job.epoch, Status.MISMATCH)._replace(round_end=_first_bits(state.at_odds))
 
-    @staticmethod
-    def _add(state: _Set, packet: Packet) -> None:
-        if state.operation is Operation.SUM_FLOAT32:
-            state.parts[packet.worker] = bytes(packet.payload)
-            return
-        array = np.frombuffer(packet.payload, dtype=_DTYPES[state.operation])
-        if state.operation is Operation.MAX_UINT8:
-            state.total = array.copy() if state.total is None else np.maximum(state.total, array)
-        elif state.total is None and len(state.parts) < 2:
-            state.parts[packet.worker] = bytes(packet.payload)
-        else:
-            if state.total is None:
-                state.total = np.zeros(len(array), np.int64)
-                for part in state.parts.values():
-                    _add(state.total, np.frombuffer(part, dtype="<i4"))
-                state.parts.clear()
-            _add(state.total, array)
-
-    def _is_complete(self, job: _Job, state: _Set) -> bool:
+    def _is_complete(self, job: Job, state: Contributions) -> bool:
         awaited = job.taking_part(state.segment)
         if job.threshold:
             return state.bitmap.bit_count() >= min(job.threshold, max(1, awaited.bit_count()))
         return state.bitmap & awaited == awaited
 
-    def _finish(self, job: _Job, number: int, state: _Set) -> Outgoing:
+    def _finish(self, job: Job, number: int, state: Contributions) -> Outgoing:
         total: Any  # pyright does not know that an array is a buffer
         if state.total is None:
             total, overflow = reduce_contributions(state.operation, [state.parts[key] for key in sorted(state.parts)])
@@ -482,7 +487,7 @@ class Aggregator:
             if member.first_segment <= state.segment
         ]
 
-    def _finish_ready(self, job: _Job, number: int) -> Outgoing:
+    def _finish_ready(self, job: Job, number: int) -> Outgoing:
         """After the members or the threshold have changed: what is complete now."""
         outgoing: Outgoing = []
         for state in sorted(job.sets.values(), key=lambda state: state.segment):
@@ -490,11 +495,11 @@ class Aggregator:
                 outgoing += self._finish(job, number, state)
         return outgoing
 
-    def _find(self, job: _Job, segment: int) -> _Set | None:
+    def _find(self, job: Job, segment: int) -> Contributions | None:
         """The set that is, or was, or will be the segment's, if anything is in it."""
         return job.sets.get((segment % self.slots, segment // self.slots % 2))
 
-    def _help(self, job: _Job, packet: Packet, member: _Member) -> Outgoing:
+    def _help(self, job: Job, packet: Packet, member: _Member) -> Outgoing:
         if job.halted:
             return [(member.address, self._halt(job, packet, packet.worker))]
         state = self._find(job, packet.segment)

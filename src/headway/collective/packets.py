@@ -34,22 +34,37 @@ from __future__ import annotations
 import enum
 import struct
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 
 __all__ = [
+    "COUNT_AT",
+    "EPOCH_AT",
+    "FLAGS_AT",
     "HEADER_BYTES",
+    "JOB_AT",
+    "KIND_AT",
     "LARGEST_PAYLOAD_BYTES",
+    "LENGTH_AT",
+    "MAGIC_AT",
+    "ROUND_END_AT",
+    "SEGMENT_AT",
+    "WORKER_AT",
     "Kind",
     "Operation",
     "Packet",
     "Status",
+    "checksum",
     "decode",
     "encode",
     "encode_header",
+    "is_intact",
     "payload_checksum",
+    "read_field",
+    "seal",
+    "write_field",
 ]
 
 _MAGIC = 0x4857
@@ -185,3 +200,72 @@ def decode(data: bytes | memoryview) -> Packet | None:
         what, job, epoch, worker, segment, round_end, count, operation,
         bool(flags & _PARTIAL), bool(flags & _OVERFLOW), payload,
     )  # fmt: skip
+
+
+# For compiled code, a packet is an array of bytes (uint8). Where a field is, and how many bytes it has:
+MAGIC_AT, KIND_AT, JOB_AT, EPOCH_AT, WORKER_AT, FLAGS_AT = (0, 3), (3, 1), (4, 4), (8, 4), (12, 2), (14, 2)
+SEGMENT_AT, ROUND_END_AT, COUNT_AT, LENGTH_AT, _CHECKSUM_AT = (16, 8), (24, 8), (32, 4), (36, 4), (40, 8)
+_BEGINNING = _MAGIC << 8 | _VERSION
+
+
+def _crc_table() -> np.ndarray:
+    table = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        table = (table >> np.uint32(1)) ^ np.where(table & np.uint32(1), np.uint32(0xEDB88320), np.uint32(0))
+    return table
+
+
+_CRC = _crc_table()
+
+
+@numba.njit(cache=True, nogil=True)
+def read_field(data: np.ndarray, place: tuple[int, int]) -> Any:
+    """A field of the header. One of 64 bits is negative if the first of them is set."""
+    value = np.int64(0)
+    for index in range(place[0], place[0] + place[1]):
+        value = value << np.int64(8) | np.int64(data[index])
+    return value
+
+
+@numba.njit(cache=True, nogil=True)
+def write_field(data: np.ndarray, place: tuple[int, int], value: Any) -> None:
+    """Set a field of the header; the checksum is right only after `seal`."""
+    for index in range(place[1]):
+        data[place[0] + index] = np.uint8((value >> np.int64(8 * (place[1] - 1 - index))) & 0xFF)
+
+
+@numba.njit(cache=True, nogil=True)
+def checksum(payload: np.ndarray) -> np.uint64:
+    """`payload_checksum` of an array of bytes."""
+    whole = len(payload) // 8 * 8
+    total = np.uint64(len(payload)) * np.uint64(0xD6E8FEB86659FD93) + _mix_words(payload[:whole].view(np.uint64))
+    rest = np.uint64(0)
+    for index in range(len(payload) - 1, whole - 1, -1):
+        rest = rest << np.uint64(8) | np.uint64(payload[index])
+    return total + rest * np.uint64(0xC2B2AE3D27D4EB4F)
+
+
+@numba.njit(cache=True, nogil=True)
+def _sealed(header: np.ndarray, of_payload: np.uint64) -> np.uint64:
+    crc = np.uint32(0xFFFFFFFF)
+    for index in range(_CHECKSUM_AT[0]):
+        crc = _CRC[(crc ^ np.uint32(header[index])) & np.uint32(0xFF)] ^ (crc >> np.uint32(8))
+    return np.uint64(crc ^ np.uint32(0xFFFFFFFF)) * np.uint64(0x9E3779B97F4A7C15) + of_payload
+
+
+@numba.njit(cache=True, nogil=True)
+def seal(header: np.ndarray, of_payload: np.uint64) -> None:
+    """Write magic, version and checksum of a header whose other fields are set; `of_payload`: see `checksum`."""
+    write_field(header, MAGIC_AT, _BEGINNING)
+    write_field(header, _CHECKSUM_AT, np.int64(_sealed(header, of_payload)))
+
+
+@numba.njit(cache=True, nogil=True)
+def is_intact(datagram: np.ndarray) -> bool:
+    """Whether `decode` would find a packet in the bytes; but the kind and operation are looked at by the caller."""
+    if len(datagram) < HEADER_BYTES or read_field(datagram, MAGIC_AT) != _BEGINNING:
+        return False
+    if read_field(datagram, LENGTH_AT) != len(datagram) - HEADER_BYTES:
+        return False
+    found = np.uint64(read_field(datagram, _CHECKSUM_AT))
+    return found == _sealed(datagram, checksum(datagram[HEADER_BYTES:]))

@@ -26,8 +26,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -45,8 +46,11 @@ from headway.collective.packets import (
 )
 from headway.errors import FieldError, FileError, HeadwayError, InputError, Interrupted, RankFailedError, RunError
 from headway.exchange.block_exponents import block_exponents, quantise, restore
+from headway.exchange.compiled_aggregator import CompiledAggregator
+from headway.exchange.compiled_round import CompiledRound, Stop
+from headway.exchange.datagrams import host_and_port, is_supported
 
-__all__ = ["AggregationClient", "AggregationServer", "Outcome", "main", "serve"]
+__all__ = ["AggregationClient", "AggregationServer", "Outcome", "aggregate", "main", "serve"]
 
 # What the kernel is asked to hold for a socket. It gives no more than its limit (net.core.rmem_max) and says nothing.
 _BUFFER_BYTES = 4 << 20
@@ -57,6 +61,8 @@ _RESULTS_BYTES = 2 << 20
 _BUFFER_SHARE = 0.5
 # More slots than that only move what is under way out of the processor's caches.
 _MOST_SLOTS = 32
+# What an aggregator keeps of a worker in a slot: its contribution, and its share of the results of both sets.
+_BUFFERS_PER_SLOT = 3
 _GOODBYE_SECONDS = 1.0
 _DATAGRAM_BYTES = LARGEST_PAYLOAD_BYTES + HEADER_BYTES
 _BURST = 64  # datagrams taken in before the clock is looked at again
@@ -94,7 +100,9 @@ class AggregationServer:
     ) -> None:
         if not token and not _is_loopback(host):
             raise FieldError(
-                "would take packets from the network without a token", place=f"aggregator: {host}", remedy="give one"
+                "would take packets from the network without a token",
+                place=f"aggregator: {host}",
+                remedy="give one with --token-file or HEADWAY_TOKEN, or bind to 127.0.0.1",
             )
         if workers < 1 or not 0 <= port < 1 << 16:
             raise FieldError(f"{workers} workers, port {port}", place="aggregator", remedy="1 or more; 0 to 65535")
@@ -111,8 +119,12 @@ class AggregationServer:
         room = int(held // (workers * _DATAGRAM_BYTES))
         # Another epoch than that of a server that was here before: a worker of its must not be taken for one of ours.
         epoch = int.from_bytes(os.urandom(4), "big") >> 2
-        self.aggregator = Aggregator(
-            slots=slots or min(max(2, room), _MOST_SLOTS), jobs=jobs, token=token or None, first_epoch=epoch
+        slots = slots or min(max(2, room), _MOST_SLOTS)
+        options: dict[str, Any] = {"slots": slots, "jobs": jobs, "token": token or None, "first_epoch": epoch}
+        self.aggregator = (
+            CompiledAggregator(buffers=_BUFFERS_PER_SLOT * slots * workers, **options)
+            if is_supported()
+            else Aggregator(**options)
         )
         self._removals: deque[tuple[int, int]] = deque()
         self._stopping = threading.Event()
@@ -120,7 +132,12 @@ class AggregationServer:
         self._wake_out, self._wake_in = socket.socketpair()
         for end in (self._wake_out, self._wake_in):
             end.setblocking(False)
-        self.unsent = 0  # datagrams that the kernel did not take: they are asked for again
+        self._unsent = 0
+
+    @property
+    def unsent(self) -> int:
+        """Datagrams that the kernel did not take: they are asked for again."""
+        return self._unsent + (self.aggregator.unsent if isinstance(self.aggregator, CompiledAggregator) else 0)
 
     @property
     def address(self) -> tuple[str, int]:
@@ -157,36 +174,49 @@ class AggregationServer:
 
     def run(self) -> None:
         """Serve until `stop` or `ask_to_stop` is called."""
+        serve = self._turn if isinstance(self.aggregator, CompiledAggregator) else self._plain_turn()
+        while not self._stopping.is_set():
+            while self._removals:
+                self._send(self.aggregator.remove(*self._removals.popleft()))
+            serve()
+            with contextlib.suppress(BlockingIOError):
+                self._wake_out.recv(64)
+
+    def _turn(self) -> None:
+        assert isinstance(self.aggregator, CompiledAggregator)
+        address_bytes = 28 if self._socket.family == socket.AF_INET6 else 16
+        self._send(self.aggregator.serve(self._socket.fileno(), self._wake_out.fileno(), address_bytes))
+
+    def _plain_turn(self) -> Callable[[], None]:
+        """The same where the compiled aggregator cannot be: a datagram at a time, by the interpreter."""
         buffer = bytearray(_DATAGRAM_BYTES + 8)
         view = memoryview(buffer)
         poller = select.poll()
         poller.register(self._socket, select.POLLIN)
         poller.register(self._wake_out, select.POLLIN)
-        receive, handle = self._socket.recvfrom_into, self.aggregator.receive
-        while not self._stopping.is_set():
-            while self._removals:
-                self._send(self.aggregator.remove(*self._removals.popleft()))
+
+        def turn() -> None:
             try:
-                size, source = receive(buffer)
+                size, source = self._socket.recvfrom_into(buffer)
             except BlockingIOError:
                 poller.poll(1000)
-                with contextlib.suppress(BlockingIOError):
-                    self._wake_out.recv(64)
-                continue
+                return
             # What is written to a socket is copied: the buffer is free again for the next datagram.
-            self._send(handle(view[:size], source))
+            self._send(self.aggregator.receive(view[:size], source))
+
+        return turn
 
     def _send(self, outgoing: Outgoing) -> None:
         known: object = None
         of_payload = 0
-        address: Any  # (host, port): where packets come from here
         for address, packet in outgoing:
             if packet.payload is not known:
                 known, of_payload = packet.payload, payload_checksum(packet.payload)
+            target = host_and_port(address) if isinstance(address, bytes) else address
             try:
-                self._socket.sendmsg((encode_header(packet, of_payload), packet.payload), (), 0, address)
+                self._socket.sendmsg((encode_header(packet, of_payload), packet.payload), (), 0, target)  # pyright: ignore[reportArgumentType]
             except OSError:
-                self.unsent += 1
+                self._unsent += 1
 
 
 def _is_loopback(host: str) -> bool:
@@ -212,7 +242,7 @@ class Outcome(NamedTuple):
 class _Quantised(Sequence[memoryview]):
     """A vector's segments as integers, made when they are sent: the vector stays in place until its sum comes."""
 
-    def __init__(self, values: np.ndarray, width: int, own: list[int], agreed: list[int], bits: int) -> None:
+    def __init__(self, values: np.ndarray, width: int, own: Any, agreed: Any, bits: int) -> None:
         self._values, self._width = values, width
         self._own, self._agreed, self._bits = own, agreed, bits
 
@@ -376,21 +406,23 @@ class AggregationClient:
             if is_average:
                 values[position * width : (position + 1) * width] /= np.float32(packet.count)
 
-        return self._round(parts, operation, deliver)
+        self._machine.begin(parts, operation, deliver=deliver)
+        return self._round(self._compiled(values, operation, is_average=is_average))
 
-    def _as_integers(self, values: np.ndarray, *, is_average: bool) -> Outcome:
+    def _as_integers(self, values: Any, *, is_average: bool) -> Outcome:
         width = self.payload_bytes // 4
-        exponents: Any = block_exponents(values, width)
-        own = exponents.tolist()
-        parts = self._segments(memoryview(exponents))
+        own: Any = block_exponents(values, width)
+        agreed = own.copy()
+        parts = self._segments(memoryview(agreed))
 
         def agree(position: int, packet: Packet) -> None:
             parts[position][:] = packet.payload
 
-        first = self._round(parts, Operation.MAX_UINT8, agree, following=len(own))
-        agreed = exponents.tolist()
+        machine = self._machine
+        machine.begin(parts, Operation.MAX_UINT8, deliver=agree, following=len(own))
+        first = self._round(self._compiled(agreed, Operation.MAX_UINT8))
         # Room for the sum of all founders' largest values, and of as many again that may join.
-        bits = 30 - self._machine.workers.bit_length()
+        bits = 30 - machine.workers.bit_length()
 
         def deliver(position: int, packet: Packet) -> None:
             integers = np.frombuffer(packet.payload, np.int32)
@@ -398,27 +430,29 @@ class AggregationClient:
             restore(integers, agreed[position], bits, 1.0 / packet.count if is_average else 1.0, block)
 
         # With a threshold, this worker may have been too late for the agreement, but in time for the sum.
-        clipped = [mine > ours for mine, ours in zip(own, agreed, strict=True)]
+        clipped = (own > agreed).tolist()
         quantised = _Quantised(values, width, own, agreed, bits)
-        outcome = self._round(quantised, Operation.SUM_INT32, deliver, clipped=clipped)
+        machine.begin(quantised, Operation.SUM_INT32, deliver=deliver, clipped=clipped)
+        compiled = self._compiled(
+            values, Operation.SUM_INT32, is_average=is_average, exponents=(own, agreed), bits=bits
+        )
+        outcome = self._round(compiled)
         return outcome._replace(partial=first.partial or outcome.partial)
+
+    def _compiled(self, values: Any, operation: Operation, **options: Any) -> CompiledRound | None:
+        if self._disturb is not None or not is_supported():
+            return None
+        vector = values.view(np.uint8)
+        return CompiledRound(self._machine, self._socket.fileno(), vector, self.payload_bytes, operation, **options)
 
     def _segments(self, data: memoryview) -> list[memoryview]:
         return [data[start : start + self.payload_bytes] for start in range(0, len(data), self.payload_bytes)]
 
-    def _round(
-        self,
-        parts: Sequence[memoryview],
-        operation: Operation,
-        deliver: Callable[[int, Packet], None],
-        *,
-        clipped: Sequence[bool] | None = None,
-        following: int = 0,
-    ) -> Outcome:
+    def _round(self, compiled: CompiledRound | None) -> Outcome:
+        """Carry out the round that has just begun."""
         machine = self._machine
         epoch = machine.epoch
-        machine.begin(parts, operation, deliver=deliver, clipped=clipped, following=following)
-        self._pump(lambda: machine.is_done)
+        self._pump(lambda: machine.is_done, compiled)
         if machine.epoch != epoch:
             raise RunError(
                 "another worker has reset the job", place=self._place, remedy="begin the step again, on all workers"
@@ -427,13 +461,20 @@ class AggregationClient:
 
     # Datagrams
 
-    def _pump(self, is_over: Callable[[], bool]) -> None:
+    def _pump(self, is_over: Callable[[], bool], compiled: CompiledRound | None = None) -> None:
         """Send and receive until it is over; the machine's time-outs bound it."""
         machine = self._machine
         while not is_over():
+            is_compiled = compiled is not None and machine.is_plain and not self._is_refused
+            if compiled is not None and is_compiled:
+                self._go_on(compiled)
+                if is_over():
+                    return
             now = time.monotonic()
             for packet in machine.poll(now):
                 self._send(packet)
+            if is_compiled and not self._is_refused:
+                continue
             if self._take_in(now) or is_over():
                 continue
             if self._is_refused and machine.is_member:
@@ -445,6 +486,19 @@ class AggregationClient:
             wait = min(machine.wake_seconds - time.monotonic(), 0.2)
             if wait > 0:
                 self._readable.poll(math.ceil(wait * 1000))
+
+    def _go_on(self, compiled: CompiledRound) -> None:
+        """Have compiled code go on with the round, up to something that is for the machine to see to."""
+        try:
+            stopped = compiled.run()
+        except OSError as error:
+            raise RunError(f"the socket failed: {error.strerror}", place=self._place) from error
+        if stopped is Stop.REFUSED:
+            self._is_refused = True
+        elif stopped is Stop.PACKET:
+            packet = decode(compiled.datagram)
+            if packet is not None:
+                self._machine.handle(packet, time.monotonic())
 
     def _take_in(self, now_seconds: float) -> bool:
         """Handle what is there, until there is something to send; whether there was anything for us."""
@@ -505,10 +559,11 @@ def serve(
     slots: int | None = None,
     jobs: int = 16,
     token: bytes | None = None,
-) -> None:
+) -> NoReturn:
     """Run an aggregator in this process until Ctrl-C or SIGTERM, then raise Interrupted. For the main thread.
 
-    Prints its address on stdout as soon as it listens. For the arguments and errors see `AggregationServer`.
+    Prints its address on stdout as soon as it listens, and what it has seen on stderr at the end. For the arguments
+    and errors see `AggregationServer`.
     """
     server = AggregationServer(host, port, workers=workers, slots=slots, jobs=jobs, token=token)
     signals = (signal.SIGINT, signal.SIGTERM)
@@ -521,6 +576,8 @@ def serve(
             signal.signal(each, handler)
         server.stop()
     counters = server.aggregator.counters
+    for name, value in (*asdict(counters).items(), ("unsent", server.unsent)):
+        print(f"{name:>14} {value}", file=sys.stderr)
     raise Interrupted(
         f"stopped after {counters.results} results of {counters.contributions} contributions; "
         f"{counters.duplicates} duplicates, {counters.refused} packets refused",
@@ -528,23 +585,52 @@ def serve(
     )
 
 
+def aggregate(
+    *,
+    port: int = 7000,
+    bind: str = "127.0.0.1",
+    workers: int = 2,
+    slots: int | None = None,
+    jobs: int = 16,
+    token_file: str | Path | None = None,
+) -> NoReturn:
+    """What `headway aggregate` does: `serve`, with the token from a file, or else from the environment's HEADWAY_TOKEN.
+
+    Raises FieldError for a number out of its range, an address that is none, and one beyond the loopback without a
+    token; FileError for a token file that cannot be read or is empty; InputError for an address that cannot be had;
+    Interrupted (exit code 130) at the end.
+    """
+    for name, number, least, most in (
+        ("port", port, 0, 65_535), ("workers", workers, 1, 65_535), ("jobs", jobs, 1, 65_536),
+        ("slots", 1 if slots is None else slots, 1, 65_536),
+    ):  # fmt: skip
+        if not least <= number <= most:
+            raise FieldError(f"{number}", place=f"aggregate: {name}", remedy=f"{least} to {most}")
+    if bind != "localhost":
+        try:
+            ipaddress.ip_address(bind)
+        except ValueError as error:
+            raise FieldError(
+                f"{bind!r} is no address", place="aggregate: bind", remedy="give an address of this machine's own"
+            ) from error
+    token = os.environ.get("HEADWAY_TOKEN", "").encode() if token_file is None else _read_token(Path(token_file))
+    serve(bind, port, workers=workers, slots=slots, jobs=jobs, token=token or None)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m headway.exchange.aggregation`: an aggregator until Ctrl-C; gives the exit code."""
     parser = argparse.ArgumentParser(prog="python -m headway.exchange.aggregation", description="An aggregator on UDP.")
-    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (127.0.0.1)")
+    parser.add_argument("--bind", default="127.0.0.1", help="the address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=7000, help="the UDP port (7000); 0 for any that is free")
     parser.add_argument("--workers", type=int, default=2, help="how many workers a job will have, about (2)")
     parser.add_argument("--slots", type=int, help="segments under way of a job; by default what the socket can hold")
     parser.add_argument("--jobs", type=int, default=16, help="jobs at a time (16)")
-    parser.add_argument("--token-file", type=Path, help="a file with the token that workers must have")
-    given = parser.parse_args(arguments)
+    parser.add_argument("--token-file", help="a file with the token that workers must have; else HEADWAY_TOKEN")
     try:
-        token = _read_token(given.token_file) if given.token_file is not None else None
-        serve(given.host, given.port, workers=given.workers, slots=given.slots, jobs=given.jobs, token=token)
+        aggregate(**vars(parser.parse_args(arguments)))
     except HeadwayError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    return 0
 
 
 def _read_token(path: Path) -> bytes:

@@ -5,10 +5,12 @@ al., NSDI 2021, section 3.7) the workers first agree on the largest exponent tha
 rounds x to the integer x · 2**(bits - e), where 2**e is above the magnitude of all of them.
 
 A block's exponent is a byte: that of its largest number as IEEE 754 has it, so |x| < 2**(byte - 126); 0 if all are
-zero, `NOT_FINITE` if one is infinite or no number. All functions take flat arrays.
+zero, `NOT_FINITE` if one is infinite or no number. All functions take flat arrays, and compiled code can call them.
 """
 
 from __future__ import annotations
+
+import math
 
 import numba
 import numpy as np
@@ -36,18 +38,6 @@ def _block_exponents(bits: np.ndarray, width: int, exponents: np.ndarray) -> Non
         exponents[block] = 0 if largest == 0 else max(largest >> np.uint32(23), np.uint32(1))
 
 
-@numba.njit(cache=True, nogil=True)
-def _quantise(values: np.ndarray, scale: float, integers: np.ndarray) -> None:
-    for index in range(len(values)):
-        integers[index] = np.int32(np.rint(np.float64(values[index]) * scale))
-
-
-@numba.njit(cache=True, nogil=True)
-def _restore(integers: np.ndarray, scale: float, values: np.ndarray) -> None:
-    for index in range(len(values)):
-        values[index] = np.float32(np.float64(integers[index]) * scale)
-
-
 def block_exponents(values: np.ndarray, width: int) -> np.ndarray:
     """The exponents (uint8) of the blocks of `width` float32 each; the last block may be shorter."""
     exponents = np.empty(-(-len(values) // width), np.uint8)
@@ -55,26 +45,33 @@ def block_exponents(values: np.ndarray, width: int) -> np.ndarray:
     return exponents
 
 
+@numba.njit(cache=True, nogil=True)
 def quantise(values: np.ndarray, own: int, agreed: int, bits: int, integers: np.ndarray) -> None:
     """Write a block's float32 as int32 of magnitude 2**bits at most, for the exponent that was agreed.
 
     `own` is the block's own exponent. Where it is larger than the agreed one, as a worker's may be that was too late
-    for the agreement, values are clipped: see `is_clipped` of whoever calls. NaN becomes 0.
+    for the agreement, values are clipped, which the caller has to say. NaN becomes 0.
     """
     if agreed in (0, NOT_FINITE):
         integers[:] = 0
         return
-    scale = 2.0 ** (bits + _BIAS - agreed)
+    scale = math.ldexp(1.0, bits + _BIAS - agreed)
     if own <= agreed:
-        _quantise(values, scale, integers)
+        for index in range(len(values)):
+            integers[index] = np.int32(np.rint(np.float64(values[index]) * scale))
         return
-    wide = np.nan_to_num(values.astype(np.float64) * scale, nan=0.0, posinf=np.inf, neginf=-np.inf)
-    integers[:] = np.rint(np.clip(wide, -(2.0**bits), 2.0**bits)).astype(np.int32)
+    most = math.ldexp(1.0, bits)
+    for index in range(len(values)):
+        value = np.float64(values[index]) * scale
+        integers[index] = np.int32(np.rint(min(max(value, -most), most))) if value == value else np.int32(0)
 
 
+@numba.njit(cache=True, nogil=True)
 def restore(integers: np.ndarray, agreed: int, bits: int, factor: float, values: np.ndarray) -> None:
     """Write the float32 nearest to integer · factor · 2**(e - bits); NaN if the exponent is NOT_FINITE."""
     if agreed == NOT_FINITE:
         values[:] = np.nan
         return
-    _restore(integers, 2.0 ** (agreed - _BIAS - bits) * factor, values)
+    scale = math.ldexp(1.0, agreed - _BIAS - bits) * factor
+    for index in range(len(values)):
+        values[index] = np.float32(np.float64(integers[index]) * scale)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from headway.errors import RankFailedError
 from headway.exchange.negotiation import Answer, Coordinator, Ending, Message
 
-__all__ = ["Alone", "Star", "Tune"]
+__all__ = ["Alone", "Star", "Tune", "died"]
 
 _FRAME_BYTES = 1024  # one message of a step that repeats; longer ones are sent in two parts
 _LONGEST_BYTES = 256 * 2**20
@@ -66,6 +66,8 @@ class Star:
         store: Any = dist.distributed_c10d._get_default_store()
         self._store = store.clone()
         self._store.set_timeout(datetime.timedelta(seconds=_GRACE_SECONDS))
+        self.store: Any = dist.PrefixStore(f"headway/watch/{self._group.group_name}", self._store)
+        """For the ranks of this star to find one another in."""
         self._key = f"{_OBITUARY}/{self._group.group_name}"
         peers = range(1, size) if rank == 0 else (0,)
         self._incoming = {peer: torch.zeros(_FRAME_BYTES, dtype=torch.uint8) for peer in peers}
@@ -182,6 +184,13 @@ class Star:
                 return None  # the store was rank 0's
             time.sleep(0.02)
         return None
+
+
+def died(rank: int) -> RankFailedError:
+    """What a survivor raises."""
+    error = _gone(rank, False, 0.0).error()
+    assert isinstance(error, RankFailedError)
+    return error
 
 
 def _list(ranks: Sequence[int]) -> str:

@@ -4,9 +4,10 @@ A `Controller` carries `exchange.negotiation` out on real processes. Its thread 
 what it has ready to rank 0, rank 0 answers, and all carry the answered batches out in the same order
 (`exchange.batches`). What the main thread submits gets a `Handle`, which is waited for when the result is needed.
 
-When a rank dies, an exchange fails on its neighbours, which make it fail on theirs (`Carrier.abort`); so all survivors
-come to the next cycle, where rank 0 misses the dead one's message (`exchange.control`), and all raise RankFailedError
-naming it.
+When a rank dies, every survivor notices by itself (`exchange.watch`), and whatever waits there raises RankFailedError
+naming it at once. The threads end in good order: the exchange fails on the dead one's neighbours, which make it fail on
+theirs (`Carrier.abort`); so all survivors come to the next cycle, where rank 0 misses the dead one's message
+(`exchange.control`), and tells the others.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from headway.collective.fusion import CACHE_CAPACITY, CYCLE_SECONDS, THRESHOLD_B
 from headway.errors import HeadwayError, InputError, MismatchError, RankFailedError
 from headway.exchange.autotune import Autotuner, Setting
 from headway.exchange.batches import Carrier, Task
-from headway.exchange.control import Alone, Star
+from headway.exchange.control import Alone, Star, died
 from headway.exchange.negotiation import Answer, Coordinator, Negotiator, Outcome, Response, Submission
+from headway.exchange.watch import Watch
 from headway.timeline import Span, Timeline
 
 __all__ = ["Controller", "Handle", "Options"]
@@ -100,8 +102,10 @@ class Handle:
         return self._result
 
     def _finish(self, result: Any = None, error: HeadwayError | None = None) -> None:
-        self._result, self._error = result, error
-        self._finished.set()
+        with self._controller._finishing:
+            if not self._finished.is_set():  # whoever comes first
+                self._result, self._error = result, error
+                self._finished.set()
 
 
 class Controller:
@@ -115,7 +119,10 @@ class Controller:
         self.rank, self.size, self.options = rank, size, options or Options()
         options = self.options
         self._lock = threading.Lock()
+        self._finishing = threading.Lock()
         self._handles: dict[str, Handle] = {}
+        self._under_way: dict[str, Handle] = {}  # of this cycle
+        self._lost: RankFailedError | None = None
         self._join: Handle | None = None
         self._wake = threading.Event()
         self._work = threading.Event()
@@ -139,6 +146,7 @@ class Controller:
         self._link = (
             Alone(coordinator) if size == 1 else Star(rank, size, coordinator, timeout_seconds=options.timeout_seconds)
         )
+        self._watch = Watch(rank, size, self._link.store, self._mourn) if isinstance(self._link, Star) else None
         if options.timeline:
             self.start_timeline(options.timeline, mark_cycles=options.mark_cycles)
         self._thread = threading.Thread(target=self._run, name="headway-exchange", daemon=True)
@@ -162,6 +170,7 @@ class Controller:
         """
         now = time.monotonic()
         with self._lock:
+            self._check_lost()
             self._negotiator.submit(submissions, now)
             handles = [Handle(self, submission, task, now) for submission, task in zip(submissions, tasks, strict=True)]
             for submission, handle in zip(submissions, handles, strict=True):
@@ -172,6 +181,7 @@ class Controller:
     def join(self) -> Handle:
         """Take part with zeros until all ranks have joined; the result is the rank that joined last."""
         with self._lock:
+            self._check_lost()
             self._negotiator.join()
             submission = Submission(name="join", operation="join")
             self._join = Handle(self, submission, Task(None), time.monotonic())
@@ -201,6 +211,8 @@ class Controller:
         self._work.set()
         self._thread.join(self.options.timeout_seconds + _LEAVE_SECONDS)
         self.stop_timeline()
+        if self._watch is not None:
+            self._watch.close()
         if not self._thread.is_alive():
             self._link.close()
             self._carrier.close()
@@ -259,7 +271,8 @@ class Controller:
         """The handles of what is answered now."""
         responses = [response for batch in outcome.batches for response in batch] + list(outcome.errors)
         keys = [response.submission.key for response in responses]
-        return {key: self._handles.pop(key) for key in keys if key in self._handles}
+        self._under_way = {key: self._handles.pop(key) for key in keys if key in self._handles}
+        return dict(self._under_way)
 
     def _carry_out(self, outcome: Outcome, handles: dict[str, Handle], started: float) -> str:
         """Carry the batches out; what went wrong, or nothing. Handles that got no result wait for the end to come."""
@@ -317,6 +330,23 @@ class Controller:
                 self._join = None
         for handle in left:
             handle._finish(error=error)
+
+    def _mourn(self, rank: int) -> None:
+        """Another rank has died: nobody here waits any longer. The thread comes to its own end."""
+        error = died(rank)
+        with self._lock:
+            if self._negotiator.ended is not None or self._lost is not None:
+                return
+            self._lost = error
+            waiting = [*self._handles.values(), *self._under_way.values()]
+            if self._join is not None:
+                waiting.append(self._join)
+        for handle in waiting:
+            handle._finish(error=error)
+
+    def _check_lost(self) -> None:
+        if self._lost is not None:
+            raise RankFailedError(self._lost.message, remedy=self._lost.remedy)
 
     def _tuned(self, answer: Answer) -> Answer:
         """Rank 0's answer with what the autotuner wants next."""

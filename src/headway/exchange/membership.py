@@ -25,7 +25,7 @@ from headway.exchange.mailbox import Mailbox
 from headway.exchange.point_to_point import run_program
 from headway.exchange.tcp import Mesh, wait_for_key
 
-__all__ = ["Membership"]
+__all__ = ["Membership", "listening_address", "machine_name"]
 
 _LOOK_SECONDS = 0.5  # how often a rank that waits looks whether it waits in vain
 _NEWS: dict[str, type[RunError]] = {kind.__name__: kind for kind in (RankFailedError, MismatchError, StalledError)}
@@ -56,7 +56,7 @@ class Membership:
         # A store outlives the groups that are made with it.
         generation = store.add(f"headway/generation/{rank}", 1)
         self._store = dist.PrefixStore(f"headway/{generation}", store)
-        self._store.set(f"machine/{rank}", _machine())
+        self._store.set(f"machine/{rank}", machine_name())
         if rank == 0:
             self._store.set("token", os.environ.get("HEADWAY_TOKEN", "") or secrets.token_hex(32))
         # One for each thing that is made: making a communicator waits for all ranks, and must not hold up a send that
@@ -208,7 +208,7 @@ class Membership:
             machines,
             token=token,
             timeout_seconds=self.timeout_seconds,
-            address=_address(machines),
+            address=listening_address(machines),
             name=f"{self.name}/{name}",
         )
         mesh.while_waiting = self._while_waiting
@@ -270,7 +270,7 @@ class Membership:
             self._mailbox.close()
 
 
-def _machine() -> str:
+def machine_name() -> str:
     """What tells this machine apart: ranks share memory only where they see each other's processes."""
     named = os.environ.get("HEADWAY_MACHINE", "")
     if named:
@@ -283,8 +283,8 @@ def _machine() -> str:
         return socket.gethostname()
 
 
-def _address(machines: Sequence[str]) -> str:
-    """Where this rank listens: the loopback, unless there are other machines to be reached."""
+def listening_address(machines: Sequence[str]) -> str:
+    """Where a rank listens: the loopback, unless there are other machines to be reached."""
     named = os.environ.get("HEADWAY_ADDRESS", "")
     if named:
         return named

@@ -84,7 +84,8 @@ class PriorityExchange:
     ) -> None:
         """Sends rank 0's parameters and buffers to all ranks, and begins to listen to gradients.
 
-        All ranks of `process_group` (all there are, unless given) must call it with the same arguments. With
+        All ranks of `process_group` (all there are, unless given) must call it with the same arguments. If these are
+        not all there are, they must have made equally many groups before, or torch does not bring them together. With
         `across_steps=False` every gradient is waited for in `step`, and any optimizer will do. Gradients are added up
         over `backward_passes_per_step` before they are exchanged. `timeout_seconds` bounds every wait for another
         rank. `on_start` is called with each part that is started, on the thread that starts it.
@@ -263,9 +264,10 @@ class PriorityExchange:
         self._size = len(ranks)
         self._leader = ranks[0]
         timeout = datetime.timedelta(seconds=self._timeout_seconds)
-        local = process_group is not None  # then ranks outside the group must not have to take part
-        # A group made that way is named after its ranks: once it is destroyed, torch gives the next one of the same
-        # ranks its name, under which the store still has the addresses of the old. So these live as long as the group.
+        local = self._size < dist.get_world_size()  # then ranks outside the group must not have to take part
+        # A group made that way is named after its ranks and how many groups a rank has: once it is destroyed, torch
+        # gives the next one of the same ranks its name, under which the store still has the addresses of the old. So
+        # these live as long as the group.
         self._may_destroy = not local
         self._data: Any = dist.new_group(
             ranks, timeout=timeout, backend=dist.get_backend(group), use_local_synchronization=local

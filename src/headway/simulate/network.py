@@ -22,6 +22,7 @@ from headway.errors import ClusterError, InputError
 from headway.hardware.cluster import Cluster
 from headway.simulate.engine import Engine, Event, Timer
 from headway.simulate.sharing import (
+    TOGETHER,
     Shares,
     add_and_refill,
     add_path,
@@ -224,6 +225,7 @@ class Network:
         self._down: set[int] = set()
         self._has_gone_down = False  # since the last report
         self._timer: Timer | None = None
+        self._due = math.inf
         self._is_unsettled = False
 
     def route(self, source: str, target: str) -> tuple[str, ...]:
@@ -329,6 +331,7 @@ class Network:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._due = due
         if due < math.inf:
             self._timer = self.engine.call_at(due, self._end)
         if self._down:
@@ -386,6 +389,10 @@ class Network:
 
     def _apply(self, change: LinkChange) -> None:
         change.validate()
+        if self._timer is not None and self._due <= self.engine.now * (1 + TOGETHER):
+            # What is through at this very moment, but for rounding, must not wait for the link to come back.
+            self._timer.cancel()
+            self._end()
         link = self.links.find(change.source, change.target)
         change_capacity(self._shares, link, float(self.links.payload_per_second[link]) * change.scale)
         if change.scale:
