@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench clean clean-compiled
+.PHONY: demo test lint bench bench-published clean clean-compiled
 
 demo: $(VENV)/.installed
 	$(BIN)/headway run examples/gpt.py
@@ -30,6 +30,13 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python bench/fusion.py
 	$(BIN)/python bench/aggregator.py
 	$(BIN)/python bench/simulation.py
+	$(BIN)/python bench/search.py
+
+# Against measurements that others published: make bench-published DATA=folder of their tables (docs/validation.md).
+bench-published: $(VENV)/.installed-bench
+	@test -d "$(DATA)" || { echo "name the folder: make bench-published DATA=…" >&2; exit 1; }
+	$(BIN)/python bench/prediction.py --data "$(DATA)"
+	$(BIN)/python bench/learned.py --data "$(DATA)"
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "Headway needs Python 3.11 or newer; name it with: make PYTHON=/path/to/python3" >&2; exit 1; }

@@ -76,7 +76,7 @@ def test_a_preset_can_be_corrected(tmp_path: Path) -> None:
     """
     cluster = read(tmp_path, text)
     kind = cluster.accelerator_of(0)
-    assert (kind.efficiency, kind.power_watts, kind.memory_bytes) == (0.5, 300.0, 80e9)
+    assert (kind.efficiency, kind.power_watts, kind.memory_bytes) == (0.5, 300.0, 80 * 0.985 * 2**30)
     assert kind.launch_seconds == pytest.approx(10e-6)
     leaving = [link for link in cluster.links if link.target == "network"]
     assert [link.bytes_per_second for link in leaving] == [12.5e9] * 4

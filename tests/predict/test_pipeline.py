@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.pipelining import schedules
 
-from headway.predict.pipeline import closed_form, in_flight, order_of_rank, play
+from headway.predict.pipeline import WEIGHT, closed_form, in_flight, order_of_rank, play
 
 SCHEDULES = st.sampled_from(["gpipe", "1f1b", "interleaved"])
 
@@ -94,3 +96,65 @@ def test_played_cells_do_not_overlap_and_respect_what_they_need():
         if not cell.backward and cell.stage:
             before = cell._replace(stage=cell.stage - 1)
             assert start >= played.starts[before] + times[before.stage] + 0.25 - 1e-9
+
+
+def torch_order(schedule, rank: int, pipeline: int, virtual: int, micro_batches: int) -> list[tuple[int, str, int]]:
+    """What torch's own schedule does on a rank, communication and pauses left out."""
+    rounds = max(1, micro_batches // pipeline)
+    given = SimpleNamespace(
+        pp_group_size=pipeline,
+        n_local_stages=virtual,
+        number_of_rounds=rounds,
+        microbatches_per_round=micro_batches // rounds,
+        _n_microbatches=micro_batches,
+    )
+    found = schedule._calculate_single_rank_operations(given, rank)
+    return [(op.stage_index, str(op.computation_type.value), op.microbatch_index) for op in found if op is not None]
+
+
+@given(st.integers(2, 5), st.integers(1, 4), st.integers(2, 3))
+def test_the_interleaved_order_is_the_one_that_torch_carries_out(p, factor, v):
+    for rank in range(p):
+        ours = [
+            (cell.stage, "B" if cell.backward else "F", cell.micro_batch)
+            for cell in order_of_rank("interleaved", rank, p, v, p * factor)
+        ]
+        assert ours == torch_order(schedules.ScheduleInterleaved1F1B, rank, p, v, p * factor)
+
+
+@given(st.integers(2, 6), st.integers(1, 4))
+def test_the_zero_bubble_order_holds_as_many_micro_batches_as_torchs_and_makes_gradients_in_its_order(p, factor):
+    m = p * factor
+    for rank in range(p):
+        cells = order_of_rank("zero_bubble", rank, p, 1, m)
+        ours = [(cell.stage, {0: "F", 1: "I", WEIGHT: "W"}[int(cell.backward)], cell.micro_batch) for cell in cells]
+        theirs = torch_order(schedules.ScheduleInterleavedZeroBubble, rank, p, 1, m)
+        # torch does a forward pass before each backward pass, and its parameters' gradients right behind: another
+        # spelling of the same turns, in which every backward and every split gradient keeps its place.
+        assert [op for op in ours if op[1] != "F"] == [op for op in theirs if op[1] != "F"]
+        assert sorted(ours) == sorted(theirs)
+        held = [
+            list(itertools.accumulate({"F": 1, "I": 0, "W": -1}[op[1]] for op in order)) for order in (ours, theirs)
+        ]
+        assert max(held[0]) == max(held[1]) == in_flight("zero_bubble", rank, p, 1, m)[0] == p
+
+
+@given(st.integers(2, 6), st.integers(1, 6), st.floats(0.1, 3), st.floats(0.1, 3), st.floats(0.1, 3))
+def test_zero_bubble_has_the_bubble_of_the_paper(p, factor, forward, inputs, weights):
+    m = p * factor
+    weights = min(weights, inputs, forward)  # as in every operator with parameters, or nearly
+    played = play("zero_bubble", p, m, [forward] * p, [inputs + weights] * p, [0.0] * p, [weights] * p)
+    # Qi et al., ICLR 2024, table 2: (p - 1)(F + B - W).
+    assert played.seconds == pytest.approx(m * (forward + inputs + weights) + (p - 1) * (forward + inputs - weights))
+    formula = closed_form("zero_bubble", p, m, [forward] * p, [inputs + weights] * p, [0.0] * p, [weights] * p)
+    assert max(formula) == pytest.approx(played.seconds)
+    plain = play("1f1b", p, m, [forward] * p, [inputs + weights] * p, [0.0] * p)
+    assert played.seconds < plain.seconds
+
+
+@given(st.sampled_from(["1f1b", "gpipe", "zero_bubble"]), st.integers(2, 6), st.integers(2, 12), st.floats(0.0, 1.0))
+def test_the_formula_knows_that_long_sends_show_in_every_round(schedule, p, factor, send):
+    m = p * factor
+    times = [1.0] * p, [2.0] * p, [send] * p, [1.0] * p
+    played = play(schedule, p, m, *times).seconds
+    assert max(closed_form(schedule, p, m, *times)) == pytest.approx(played, rel=0.04)

@@ -15,9 +15,12 @@ from headway.predict.step import Predictor, check_fit
 from headway.search.bounds import Bounds
 from headway.search.exhaustive import exhaustive_search
 from headway.search.find import Constraints, Ranking, find
-from headway.search.space import Space
-from headway.workload.graph import Workload
+from headway.search.space import Mesh, Space, States
+from headway.train.support import check_supported
+from headway.workload.graph import Recipe, Workload
+from headway.workload.transformer import TransformerShape, transformer
 
+MEGATRON = Recipe(framework="megatron", parameter_bytes=2.0, gradient_bytes=4.0, master_bytes=4.0)
 GOALS = ["time", "memory", "cost"]
 
 
@@ -78,8 +81,69 @@ def test_every_plan_takes_at_least_its_bounds(data, toy):
             assert bounds.mesh_seconds(mesh) <= seconds
             assert bounds.group_seconds(mesh, group) <= seconds
             assert bounds.cut_seconds(mesh, group) <= seconds
-            assert bounds.state_bytes(mesh, plan.zero_stage) <= candidate.prediction.peak_bytes
-            assert bounds.group_bytes(mesh, group, plan.zero_stage) <= candidate.prediction.peak_bytes
+            assert bounds.state_bytes(mesh, States(plan.zero_stage)) <= candidate.prediction.peak_bytes
+            assert bounds.group_bytes(mesh, group, States(plan.zero_stage)) <= candidate.prediction.peak_bytes
+
+
+@given(data=st.data())
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_wide_space_keeps_its_bounds_and_loses_nothing_by_pruning(data, toy):
+    """Context, expert and sequence parallelism, selective recomputation, zero bubble and offload."""
+    memory = data.draw(st.sampled_from([2e8, 4e8, 1e10]), label="memory")
+    kinds = [toy.accelerator("gpu", memory=memory), toy.accelerator("old gpu", rate=3e12, memory=memory)]
+    nodes = [[kind] * 2 for kind in kinds[: data.draw(st.integers(1, 2), label="kinds")]]
+    cluster = toy.cluster(nodes, network=data.draw(st.sampled_from([1e9, 1e11])))
+    experts = data.draw(st.sampled_from([0, 4]), label="experts")
+    shape = TransformerShape(
+        layers=data.draw(st.integers(2, 4)), hidden=64, heads=4, vocabulary=data.draw(st.sampled_from([512, 20000])),
+        sequence=data.draw(st.sampled_from([256, 2048])), experts=experts, experts_chosen=min(experts, 2),
+        attention=data.draw(st.sampled_from(["flash", "unfused"])), dropout=True,
+    )  # fmt: skip
+    recipe = data.draw(st.sampled_from([Recipe(), MEGATRON]), label="recipe")
+    workload = Workload(graph=transformer(shape), global_batch=data.draw(st.sampled_from([4, 6])), recipe=recipe)
+    constraints = Constraints(
+        runnable=False,
+        offload=data.draw(st.sampled_from(["none", "optimizer", "any"])),
+        recompute=data.draw(st.sampled_from(["any", "selective"])),
+        precision=data.draw(st.sampled_from(["float32", "bfloat16"])),
+    )
+    space = Space(workload, cluster, constraints, None)
+    predictor = Predictor(workload, cluster)
+    pruned = exhaustive_search(space, predictor, keep=3)
+    whole = exhaustive_search(space, predictor, keep=10**6, prune=False)
+    assert figures_of(pruned) == pytest.approx(figures_of(whole)[: len(figures_of(pruned))], rel=1e-12)
+    bounds = Bounds(space, predictor)
+    placements = {mesh.placement.devices: mesh.placement for mesh in (record.mesh for record in whole.records)}
+    for _, candidate in whole.best:
+        plan, seconds = candidate.plan.validate(workload.graph, cluster), candidate.prediction.time.step_seconds
+        mesh = Mesh(placements[plan.devices], plan.data, plan.tensor, plan.pipeline, plan.context, plan.expert)
+        (group,) = (
+            one
+            for one in space.groups(mesh)
+            if (one.schedule, one.virtual_stages, one.micro_batch)
+            == (plan.schedule, plan.virtual_stages, plan.micro_batch)
+        )
+        held = States(plan.zero_stage, plan.parameters_on, plan.optimizer_on)
+        assert bounds.mesh_seconds(mesh) <= seconds
+        assert bounds.group_seconds(mesh, group) <= seconds
+        assert bounds.cut_seconds(mesh, group) <= seconds
+        assert bounds.state_bytes(mesh, held) <= candidate.prediction.peak_bytes
+        assert bounds.group_bytes(mesh, group, held) <= candidate.prediction.peak_bytes
+
+
+def test_a_layer_larger_than_any_device_is_named(toy):
+    cluster = toy.cluster([[toy.accelerator("gpu", memory=1e8)] * 4])
+    shape = TransformerShape(layers=2, hidden=64, heads=4, vocabulary=1_000_003, sequence=16, tied=False)
+    with pytest.raises(DoesNotFitError, match=r"layer '\w+' alone has 256 MB of parameters more than any device"):
+        find(Workload(graph=transformer(shape), global_batch=4), cluster)
+
+
+def test_a_plan_to_run_never_has_what_the_runtime_lacks(toy):
+    cluster = toy.cluster([[toy.accelerator("gpu")] * 4])
+    shape = TransformerShape(layers=4, hidden=64, heads=4, vocabulary=512, sequence=4096, attention="unfused")
+    ranking = find(Workload(graph=transformer(shape), global_batch=8), cluster, keep=500)
+    for candidate in ranking.best:
+        check_supported(candidate.plan)
 
 
 def divisors(number: int) -> list[int]:
@@ -134,7 +198,10 @@ def test_plans_come_best_first_and_each_is_valid_and_fits(workload, node):
 
 def test_the_answer_is_the_same_every_time(workload, node):
     first, second = find(workload, node), find(workload, node)
-    assert msgspec.structs.replace(first, seconds=0.0) == msgspec.structs.replace(second, seconds=0.0)
+    assert msgspec.structs.replace(first, seconds=0.0, history=()) == msgspec.structs.replace(
+        second, seconds=0.0, history=()
+    )
+    assert [step for _, step in first.history] == [step for _, step in second.history]
 
 
 def test_a_ranking_survives_json(workload, node):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ipaddress
+import json
 import math
 import os
 import select
@@ -559,25 +560,31 @@ def serve(
     slots: int | None = None,
     jobs: int = 16,
     token: bytes | None = None,
+    as_json: bool = False,
 ) -> NoReturn:
     """Run an aggregator in this process until Ctrl-C or SIGTERM, then raise Interrupted. For the main thread.
 
-    Prints its address on stdout as soon as it listens, and what it has seen on stderr at the end. For the arguments
-    and errors see `AggregationServer`.
+    Prints its address on stdout as soon as it listens, and what it has seen on stderr at the end; with `as_json` both
+    on stdout, each as one line of JSON. For the arguments and errors see `AggregationServer`.
     """
     server = AggregationServer(host, port, workers=workers, slots=slots, jobs=jobs, token=token)
     signals = (signal.SIGINT, signal.SIGTERM)
     before = {each: signal.signal(each, lambda *_: server.ask_to_stop()) for each in signals}
     try:
-        print(f"{server.address[0]}:{server.address[1]}", flush=True)
+        address, number = server.address
+        print(json.dumps({"address": address, "port": number}) if as_json else f"{address}:{number}", flush=True)
         server.run()
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
         server.stop()
     counters = server.aggregator.counters
-    for name, value in (*asdict(counters).items(), ("unsent", server.unsent)):
-        print(f"{name:>14} {value}", file=sys.stderr)
+    seen = {**asdict(counters), "unsent": server.unsent}
+    if as_json:
+        print(json.dumps(seen), flush=True)
+    else:
+        for name, value in seen.items():
+            print(f"{name:>14} {value}", file=sys.stderr)
     raise Interrupted(
         f"stopped after {counters.results} results of {counters.contributions} contributions; "
         f"{counters.duplicates} duplicates, {counters.refused} packets refused",
@@ -593,6 +600,7 @@ def aggregate(
     slots: int | None = None,
     jobs: int = 16,
     token_file: str | Path | None = None,
+    as_json: bool = False,
 ) -> NoReturn:
     """What `headway aggregate` does: `serve`, with the token from a file, or else from the environment's HEADWAY_TOKEN.
 
@@ -614,7 +622,7 @@ def aggregate(
                 f"{bind!r} is no address", place="aggregate: bind", remedy="give an address of this machine's own"
             ) from error
     token = os.environ.get("HEADWAY_TOKEN", "").encode() if token_file is None else _read_token(Path(token_file))
-    serve(bind, port, workers=workers, slots=slots, jobs=jobs, token=token or None)
+    serve(bind, port, workers=workers, slots=slots, jobs=jobs, token=token or None, as_json=as_json)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

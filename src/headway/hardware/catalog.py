@@ -44,6 +44,13 @@ _STAS = "stas00/ml-engineering, compute/accelerator and network"
 _SHEET = "vendor datasheet"
 
 
+# Bytes that a program finds for each GB of the vendor's: memory is made in powers of two, and torch says 39.4 GiB of
+# an A100's 40 GB, 79.1 of an H100's 80. Parts with GDDR memory keep their error correction in it.
+_HBM_BYTES = 0.985 * 2**30
+_GDDR_BYTES = 1e9
+_GDDR = {"T4-16GB", "A10-24GB", "L4-24GB", "L40S-48GB"}
+
+
 class _Figures(NamedTuple):
     """One line of the table: TFLOP/s (dense) by dtype, GB, GB/s, W; shares of peak reached; where from."""
 
@@ -56,20 +63,25 @@ class _Figures(NamedTuple):
     source: str
 
 
-def _rates(float32: float, tf32: float, float16: float, bfloat16: float, float8: float = 0) -> dict[str, float]:
+def _rates(
+    float32: float, tf32: float, float16: float, bfloat16: float, float8: float = 0, float4: float = 0
+) -> dict[str, float]:
     given = {
         "float32": float32,
         "tfloat32": tf32,
         "float16": float16,
         "bfloat16": bfloat16,
         "float8": float8,
+        "float4": float4,
     }
     return {dtype: rate for dtype, rate in given.items() if rate}
 
 
-# `efficiency` is the share of the peak that large matrix products reach: defaults to be fitted against runs, in the
-# range that public measurements show. Parts that run near their power limit (T4, L4, A10, L40S) reach less of the
-# figure on their datasheet; so does MI300X, whose boost clock does not last.
+# `efficiency` is the share of the peak that large matrix products reach in training. Those of A100-SXM, H100-SXM, B200
+# and GB200 were fitted to published step times (bench/fit_efficiency.py); GB300's is GB200's times the ratio of their
+# power limits, which is what bounds large products there; the others are defaults in the range that public measurements
+# show. Parts that run near their power limit (T4, L4, A10, L40S) reach less of the figure on their datasheet; so does
+# MI300X, whose boost clock does not last.
 _FIGURES = (
     _Figures("P100-SXM2-16GB", _rates(10.6, 0, 21.2, 0), 16, 732, 300, 0.85, _SHEET),
     _Figures("V100-SXM2-16GB", _rates(15.7, 0, 125, 0), 16, 900, 300, 0.70, _SHEET),
@@ -83,7 +95,7 @@ _FIGURES = (
     _Figures("L4-24GB", _rates(30.3, 60, 121, 121, 242.5), 24, 300, 72, 0.50, _SHEET),
     _Figures("L40S-48GB", _rates(91.6, 183, 362, 362, 733), 48, 864, 350, 0.65, f"{_STAS}; memory: {_SHEET}"),
     _Figures("H100-PCIe-80GB", _rates(51, 378, 756, 756, 1513), 80, 2000, 350, 0.65, _STAS),
-    _Figures("H100-SXM-80GB", _rates(67, 494.5, 989, 989, 1979), 80, 3350, 700, 0.72, _STAS),
+    _Figures("H100-SXM-80GB", _rates(67, 494.5, 989, 989, 1979), 80, 3350, 700, 0.63, _STAS),
     # A part sold to one customer: its peak is not published, and is below that of the 700 W part by an unknown share.
     _Figures(
         "H100-SXM-96GB-HBM2e-500W",
@@ -91,13 +103,13 @@ _FIGURES = (
         96,
         2400,
         500,
-        0.60,
+        0.65,
         "pytorch/torchtitan, benchmarks/llama3_h100_202412; rates of the 700 W part",
     ),
-    _Figures("H200-SXM-141GB", _rates(67, 494.5, 989, 989, 1979), 141, 4800, 700, 0.72, _STAS),
-    _Figures("B200-SXM", _rates(80, 1125, 2250, 2250, 4500), 180, 8000, 1000, 0.72, _STAS),
-    _Figures("GB200", _rates(80, 1250, 2500, 2500, 5000), 186, 8000, 1200, 0.72, _STAS),
-    _Figures("GB300", _rates(80, 1250, 2500, 2500, 5000), 279, 8000, 1400, 0.72, f"{_STAS}; memory: {_SHEET}"),
+    _Figures("H200-SXM-141GB", _rates(67, 494.5, 989, 989, 1979), 141, 4800, 700, 0.63, _STAS),
+    _Figures("B200-SXM", _rates(80, 1125, 2250, 2250, 4500, 9000), 180, 8000, 1000, 0.78, _STAS),
+    _Figures("GB200", _rates(80, 1250, 2500, 2500, 5000, 10000), 186, 8000, 1200, 0.72, _STAS),
+    _Figures("GB300", _rates(80, 1250, 2500, 2500, 5000, 15000), 279, 8000, 1400, 0.84, f"{_STAS}; memory: {_SHEET}"),
     _Figures("MI250X", _rates(47.9, 0, 383, 383), 128, 3277, 560, 0.45, _STAS),
     _Figures("MI300X", _rates(163.4, 653.7, 1307, 1307, 2615), 192, 5300, 750, 0.50, _STAS),
 )
@@ -111,8 +123,7 @@ ACCELERATORS: dict[str, Accelerator] = {
     line.name: Accelerator(
         name=line.name,
         flop_per_second={dtype: rate * 1e12 for dtype, rate in line.tflops.items()},
-        # A vendor's GB counted as 1e9 bytes: a little less than what is there, about what drivers leave of it.
-        memory_bytes=line.memory_gb * 1e9,
+        memory_bytes=line.memory_gb * (_GDDR_BYTES if line.name in _GDDR else _HBM_BYTES),
         memory_bytes_per_second=line.memory_gb_per_second * 1e9,
         efficiency=line.efficiency,
         memory_efficiency=_MEMORY_EFFICIENCY,

@@ -1,11 +1,14 @@
 """The decision as data: everything that the runtime needs to know about how to train a model on some devices.
 
-Ranks form a mesh of `pipeline` x `data` x `tensor`, tensor fastest: rank = (p * data + d) * tensor + t, and rank r runs
-on `devices[r]`. A plan does nothing by itself: `predict` says what it costs, the runtime in `train/` carries it out.
+Ranks form a mesh of `pipeline` x `data` x `context` x `tensor`, tensor fastest: rank = ((p * data + d) * context + c) *
+tensor + t, and rank r runs on `devices[r]`. Stages may have degrees of their own (`Stage.data`, `Stage.tensor`): then
+each pipeline rank is as wide as its stages say, and its ranks still follow each other.
+A plan does nothing by itself: `predict` says what it costs, the runtime in `train/` carries it out.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Literal
 
 from headway.errors import PlanError
@@ -15,31 +18,51 @@ from headway.workload.graph import Graph
 
 __all__ = ["Plan", "Stage", "single_device_plan"]
 
-Schedule = Literal["none", "gpipe", "1f1b", "interleaved"]
+Schedule = Literal["none", "gpipe", "1f1b", "interleaved", "zero_bubble"]
+Precision = Literal["float32", "bfloat16", "float16", "float8", "float4"]
+Tier = Literal["device", "host", "disk"]
 
 
 class Stage(Value):
-    """Consecutive layers `start` to `stop` (exclusive) of the graph; `recompute` lists those run again in backward."""
+    """Consecutive layers `start` to `stop` (exclusive) of the graph.
+
+    `recompute` lists the layers run again in backward; `recompute_attention` those of which only the attention core
+    (scores, softmax, and their product with the values) is run again (selective recomputation, Korthikanti et al.,
+    MLSys 2023). `data` and `tensor`: degrees of this stage; 0 means the plan's.
+    """
 
     start: int
     stop: int
     recompute: tuple[int, ...] = ()
+    recompute_attention: tuple[int, ...] = ()
+    data: int = 0
+    tensor: int = 0
 
 
 class Plan(Value):
     """How to train. Every field has one meaning, and `validate` refuses what contradicts itself.
 
-    - `data`, `tensor`, `pipeline`: degrees; their product is the number of ranks.
+    - `data`, `tensor`, `pipeline`, `context`: degrees; their product is the number of ranks, unless stages have degrees
+      of their own. `context` divides each sample's tokens over that many ranks (ring attention, Liu et al., ICLR 2024).
+    - `expert`: over how many of the `data` x `context` ranks the experts of a mixture are divided; it divides them.
+    - `sequence_parallel`: activations outside the tensor-parallel blocks are divided by tokens over the tensor ranks,
+      all-gather and reduce-scatter in place of all-reduce (Korthikanti et al., MLSys 2023).
     - `stages`: in order; `pipeline` of them, or for the interleaved schedule a multiple v of it, where stage s runs on
       pipeline rank s mod pipeline.
     - `micro_batch`: samples that one data-parallel replica processes at once;
       `global_batch` = `micro_batch` x `data` x number of micro-batches.
     - `schedule`: "none" without a pipeline; "gpipe" (Huang et al., NeurIPS 2019), "1f1b" (PipeDream-Flush, Narayanan
-      et al., ICML 2021) or "interleaved" (Megatron-LM, SC 2021).
+      et al., ICML 2021), "interleaved" (Megatron-LM, SC 2021) or "zero_bubble" (ZB-H1, Qi et al., ICLR 2024).
     - `zero_stage`: 0 replicates, 1 divides the optimizer states, 2 the gradients too, 3 the parameters too
       (Rajbhandari et al., SC 2020), over the data-parallel ranks.
     - `tensor_sharding`: module path to "column" or "row" (see `workload.graph.TensorBlock`); empty when tensor is 1.
-    - `precision`: dtype of the forward and backward pass; parameters and optimizer states stay in float32.
+    - `precision`: dtype of the forward and backward pass; parameters and optimizer states stay in float32, unless the
+      workload's `Recipe` says otherwise. In "float8" and "float4" only matrix products are, the rest is bfloat16.
+    - `shares`: micro-batches of each data-parallel replica where they differ (unequal devices); empty: all the same.
+      Then `global_batch` = `micro_batch` x sum of `shares`.
+    - `parameters_on`, `optimizer_on`, `activations_on`: where each state rests between its uses.
+    - `collectives`: axis ("data", "tensor", …) to the algorithm that its collectives use (`collective.algorithms`);
+      an axis that is not listed: the exchange's own choice.
     - `bucket_bytes`: gradients are reduced in buckets of this size while backward goes on, if `overlap`.
     - `exchange`: who carries out the collectives: torch's own backend (gloo, nccl), or Headway's programs.
     - `devices`: the name of each rank's device in the cluster.
@@ -56,19 +79,59 @@ class Plan(Value):
     schedule: Schedule = "none"
     zero_stage: Literal[0, 1, 2, 3] = 0
     tensor_sharding: dict[str, Literal["column", "row"]] = {}
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     bucket_bytes: int = 25 * 2**20
     overlap: bool = True
     exchange: Literal["torch", "headway"] = "torch"
+    context: int = 1
+    expert: int = 1
+    sequence_parallel: bool = False
+    shares: tuple[int, ...] = ()
+    parameters_on: Tier = "device"
+    optimizer_on: Tier = "device"
+    activations_on: Tier = "device"
+    collectives: dict[str, str] = {}
+
+    @cached_property
+    def is_uniform(self) -> bool:
+        """Whether every stage has the plan's own degrees."""
+        return not any(stage.data or stage.tensor for stage in self.stages)
 
     @property
     def world_size(self) -> int:
-        return self.data * self.tensor * self.pipeline
+        if self.is_uniform:
+            return self.data * self.tensor * self.context * self.pipeline
+        return sum(self.width(rank) for rank in range(self.pipeline))
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches that each replica runs in one step."""
+        """Micro-batches that a replica runs in one step (the busiest one, where `shares` differ)."""
+        if self.shares:
+            return max(self.shares)
         return self.global_batch // (self.micro_batch * self.data)
+
+    def degrees(self, pipeline_rank: int) -> tuple[int, int]:
+        """(data, tensor) degrees of the stages on a pipeline rank."""
+        stage = self.stages[pipeline_rank]
+        return stage.data or self.data, stage.tensor or self.tensor
+
+    def width(self, pipeline_rank: int) -> int:
+        """Ranks that a pipeline rank is made of."""
+        data, tensor = self.degrees(pipeline_rank)
+        return data * tensor * self.context
+
+    def first_rank(self, pipeline_rank: int) -> int:
+        """The first of the ranks that hold the stages of a pipeline rank."""
+        if self.is_uniform:
+            return pipeline_rank * self.data * self.tensor * self.context
+        return sum(self.width(rank) for rank in range(pipeline_rank))
+
+    def samples_of(self, pipeline_rank: int) -> float:
+        """Samples of one micro-batch on one data-parallel rank there: `micro_batch`, unless the stage's degree differs.
+
+        A stage with another number of data-parallel ranks shares the same micro-batches out among them.
+        """
+        return self.micro_batch * self.data / self.degrees(pipeline_rank)[0]
 
     @property
     def virtual_stages(self) -> int:
@@ -76,37 +139,78 @@ class Plan(Value):
         return len(self.stages) // self.pipeline
 
     def coordinates(self, rank: int) -> tuple[int, int, int]:
-        """(pipeline, data, tensor) position of a rank."""
-        return rank // (self.data * self.tensor), rank // self.tensor % self.data, rank % self.tensor
+        """(pipeline, data, tensor) position of a rank; `context_of` says the fourth."""
+        pipeline, within = self._place(rank)
+        _, tensor = self.degrees(pipeline)
+        return pipeline, within // (tensor * self.context), within % tensor
 
-    def rank_of(self, pipeline: int, data: int, tensor: int) -> int:
-        return (pipeline * self.data + data) * self.tensor + tensor
+    def context_of(self, rank: int) -> int:
+        """Which part of each sample's tokens a rank holds."""
+        pipeline, within = self._place(rank)
+        return within // self.degrees(pipeline)[1] % self.context
+
+    def _place(self, rank: int) -> tuple[int, int]:
+        """The pipeline rank of a rank, and its position within it."""
+        if self.is_uniform:
+            return divmod(rank, self.data * self.tensor * self.context)
+        for pipeline in range(self.pipeline):
+            width = self.width(pipeline)
+            if rank < width:
+                return pipeline, rank
+            rank -= width
+        raise IndexError(f"rank {rank} beyond the plan's {self.world_size}")
+
+    def rank_of(self, pipeline: int, data: int, tensor: int, context: int = 0) -> int:
+        width = self.degrees(pipeline)[1]
+        return self.first_rank(pipeline) + (data * self.context + context) * width + tensor
 
     def stages_of(self, pipeline_rank: int) -> tuple[int, ...]:
         """Positions in `stages` that a pipeline rank holds."""
         return tuple(range(pipeline_rank, len(self.stages), self.pipeline))
 
     def data_group(self, rank: int) -> tuple[int, ...]:
-        """Ranks that hold the same part of the model for other samples."""
+        """Ranks that hold the same part of the model for other samples (the same tokens of them)."""
         pipeline, _, tensor = self.coordinates(rank)
-        return tuple(self.rank_of(pipeline, data, tensor) for data in range(self.data))
+        context = self.context_of(rank)
+        return tuple(self.rank_of(pipeline, data, tensor, context) for data in range(self.degrees(pipeline)[0]))
 
     def tensor_group(self, rank: int) -> tuple[int, ...]:
         """Ranks that share the operators of one stage and replica."""
         pipeline, data, _ = self.coordinates(rank)
-        return tuple(self.rank_of(pipeline, data, tensor) for tensor in range(self.tensor))
+        context = self.context_of(rank)
+        return tuple(self.rank_of(pipeline, data, tensor, context) for tensor in range(self.degrees(pipeline)[1]))
+
+    def context_group(self, rank: int) -> tuple[int, ...]:
+        """Ranks that hold the other tokens of the same samples."""
+        pipeline, data, tensor = self.coordinates(rank)
+        return tuple(self.rank_of(pipeline, data, tensor, context) for context in range(self.context))
+
+    def expert_group(self, rank: int) -> tuple[int, ...]:
+        """Ranks over which the experts of a mixture are divided: `expert` neighbours of the data and context axes."""
+        pipeline, data, tensor = self.coordinates(rank)
+        at = data * self.context + self.context_of(rank)
+        first = at - at % self.expert
+        width = self.degrees(pipeline)[1]
+        base = self.first_rank(pipeline) + tensor
+        return tuple(base + position * width for position in range(first, first + self.expert))
 
     def pipeline_group(self, rank: int) -> tuple[int, ...]:
-        """Ranks that hold the successive stages of one replica."""
+        """Ranks that hold the successive stages of one replica; of a uniform plan."""
         _, data, tensor = self.coordinates(rank)
-        return tuple(self.rank_of(pipeline, data, tensor) for pipeline in range(self.pipeline))
+        context = self.context_of(rank)
+        return tuple(self.rank_of(pipeline, data, tensor, context) for pipeline in range(self.pipeline))
 
     def describe(self) -> str:
         """One short line: `data 2 x pipeline 2, ZeRO-1, 4 micro-batches of 8 (1f1b), recompute 6/12`."""
-        degrees = [f"{name} {size}" for name, size in (("data", self.data), ("tensor", self.tensor)) if size > 1]
+        sizes = (("data", self.data), ("tensor", self.tensor), ("context", self.context), ("expert", self.expert))
+        degrees = [f"{name} {size}" for name, size in sizes if size > 1]
         if self.pipeline > 1:
             degrees.append(f"pipeline {self.pipeline}" + (f"x{self.virtual_stages}" if self.virtual_stages > 1 else ""))
         parts = [" x ".join(degrees) or "one device"]
+        if not self.is_uniform:
+            parts.append("stages of " + "+".join(str(self.width(rank)) for rank in range(self.pipeline)))
+        if self.sequence_parallel:
+            parts.append("sequence parallel")
         if self.zero_stage:
             parts.append(f"ZeRO-{self.zero_stage}")
         schedule = f" ({self.schedule})" if self.schedule != "none" else ""
@@ -115,6 +219,14 @@ class Plan(Value):
         again = sum(len(stage.recompute) for stage in self.stages)
         if again:
             parts.append("recompute" if again == layers else f"recompute {again}/{layers}")
+        selective = sum(len(stage.recompute_attention) for stage in self.stages)
+        if selective:
+            parts.append("recompute attention" + ("" if selective == layers else f" {selective}/{layers}"))
+        for what in ("parameters", "optimizer", "activations"):
+            if (tier := getattr(self, f"{what}_on")) != "device":
+                parts.append(f"{what} on {tier}")
+        if self.shares:
+            parts.append("shares " + "+".join(map(str, self.shares)))
         if self.precision != "float32":
             parts.append(self.precision)
         if self.exchange != "torch":
@@ -127,33 +239,46 @@ class Plan(Value):
         def refuse(field: str, message: str, remedy: str = "") -> None:
             raise PlanError(message, place=f"{place}: {field}", remedy=remedy)
 
-        for field in ("data", "tensor", "pipeline", "micro_batch", "global_batch"):
+        for field in ("data", "tensor", "pipeline", "context", "expert", "micro_batch", "global_batch"):
             if getattr(self, field) < 1:
                 refuse(field, f"must be at least 1, not {getattr(self, field)}")
+        self._validate_pipeline(refuse)
         if self.world_size != len(self.devices):
+            context = f" x context {self.context}" if self.context > 1 else ""
+            degrees = f"data {self.data} x tensor {self.tensor}{context} x pipeline {self.pipeline} = "
+            if not self.is_uniform:
+                degrees = "the stages' degrees make "
             refuse(
                 "devices",
-                f"data {self.data} x tensor {self.tensor} x pipeline {self.pipeline} = {self.world_size} ranks, "
-                f"and {len(self.devices)} devices are listed",
+                f"{degrees}{self.world_size} ranks, and {len(self.devices)} devices are listed",
                 "make the degrees multiply to the number of devices",
             )
         if len(set(self.devices)) != len(self.devices):
             refuse("devices", "a device is listed twice")
-        if self.global_batch % (self.micro_batch * self.data):
+        self._validate_shares(refuse)
+        if not self.shares and self.global_batch % (self.micro_batch * self.data):
             refuse(
                 "micro_batch",
                 f"a global batch of {self.global_batch} does not divide into {self.data} replicas "
                 f"of micro-batches of {self.micro_batch}",
                 "choose a micro_batch for which micro_batch x data divides global_batch",
             )
-        self._validate_pipeline(refuse)
-        if self.data == 1 and self.zero_stage:
+        self._validate_schedule(refuse)
+        replicas = self.data * self.context
+        if not self.is_uniform:
+            replicas = max(replicas, *(self.degrees(rank)[0] * self.context for rank in range(self.pipeline)))
+        if replicas == 1 and self.zero_stage:
             refuse("zero_stage", "there is only one replica, so nothing to divide states over", "set zero_stage to 0")
-        if self.tensor > 1 and not self.tensor_sharding:
+        if self.data * self.context % self.expert:
+            refuse("expert", f"{self.expert} does not divide data x context = {self.data * self.context}")
+        widest = self.tensor if self.is_uniform else max(self.degrees(rank)[1] for rank in range(self.pipeline))
+        if self.sequence_parallel and widest == 1:
+            refuse("sequence_parallel", "tensor is 1, so there is nothing to divide over", "set it to false")
+        if widest > 1 and not self.tensor_sharding:
             refuse(
                 "tensor_sharding", "tensor is above 1 and no module is split", "name the modules, or set tensor to 1"
             )
-        if self.tensor == 1 and self.tensor_sharding:
+        if widest == 1 and self.tensor_sharding:
             refuse("tensor_sharding", "modules are split, and tensor is 1", "leave it empty")
         if self.bucket_bytes < 1:
             refuse("bucket_bytes", "must be positive")
@@ -178,14 +303,36 @@ class Plan(Value):
                     "stages follow each other without gaps and none is empty",
                 )
             expected = stage.stop
-            for layer in stage.recompute:
-                if not stage.start <= layer < stage.stop:
-                    refuse(f"stages[{position}].recompute", f"layer {layer} is not in this stage")
+            for field in ("recompute", "recompute_attention"):
+                for layer in getattr(stage, field):
+                    if not stage.start <= layer < stage.stop:
+                        refuse(f"stages[{position}].{field}", f"layer {layer} is not in this stage")
+            if set(stage.recompute) & set(stage.recompute_attention):
+                refuse(f"stages[{position}].recompute_attention", "a layer is listed in `recompute` too")
+            if stage.data < 0 or stage.tensor < 0:
+                refuse(f"stages[{position}]", "degrees must not be negative", "0 means the plan's own")
+            own = (stage.data or self.data, stage.tensor or self.tensor)
+            if own != self.degrees(position % self.pipeline):
+                refuse(f"stages[{position}]", "stages on one pipeline rank must have the same degrees")
+
+    def _validate_shares(self, refuse) -> None:
+        if not self.shares:
+            return
+        if len(self.shares) != self.data or min(self.shares) < 1:
+            refuse("shares", f"{len(self.shares)} shares for {self.data} replicas", "one positive number for each")
+        if self.global_batch != self.micro_batch * sum(self.shares):
+            refuse(
+                "shares",
+                f"{sum(self.shares)} micro-batches of {self.micro_batch} are not {self.global_batch} samples",
+                "global_batch = micro_batch x sum of shares",
+            )
+
+    def _validate_schedule(self, refuse) -> None:
         if (self.pipeline > 1) != (self.schedule != "none"):
             refuse(
                 "schedule",
                 f"{self.schedule!r} with {self.pipeline} pipeline ranks",
-                "'none' without a pipeline; 'gpipe', '1f1b' or 'interleaved' with one",
+                "'none' without a pipeline; 'gpipe', '1f1b', 'interleaved' or 'zero_bubble' with one",
             )
         if (self.virtual_stages > 1) != (self.schedule == "interleaved"):
             refuse(
@@ -199,7 +346,7 @@ class Plan(Value):
                 f"{self.micro_batches} micro-batches do not divide among {self.pipeline} pipeline ranks",
                 "the interleaved schedule needs a multiple of the pipeline degree",
             )
-        if self.schedule in ("1f1b", "interleaved") and self.micro_batches < self.pipeline:
+        if self.schedule in ("1f1b", "interleaved", "zero_bubble") and self.micro_batches < self.pipeline:
             refuse(
                 "micro_batch",
                 f"{self.micro_batches} micro-batches cannot fill {self.pipeline} pipeline ranks",

@@ -20,12 +20,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from headway.hardware.cluster import Cluster
+from headway.predict.efficiency import DEFAULT, efficiency_of
 
 __all__ = [
     "Channel",
     "Communication",
     "all_gather_seconds",
     "all_reduce_seconds",
+    "all_to_all_seconds",
     "broadcast_seconds",
     "reduce_scatter_seconds",
     "send_seconds",
@@ -39,11 +41,8 @@ _PROTOCOLS = (
     (6.6e-6, 0.6e-6, 2.7e-6, 0.25),
     (8.4e-6, 3.4e-6, 14.0e-6, 1.0),
 )
-# What NCCL gets out of links, against their nominal rate, with large messages: vTrain's tables of all-reduces (Bang et
-# al., MICRO 2024) show 0.90 within a DGX-1V and 0.77 within a DGX A100; Alpa's (OSDI 2022) 0.93 over Ethernet.
-_ACHIEVED = {"nvlink": 0.83, "network": 0.93}
 
-Axis = Literal["data", "tensor", "pipeline"]
+Axis = Literal["data", "tensor", "pipeline", "context", "expert", "expert_data"]
 
 
 class Channel(NamedTuple):
@@ -70,12 +69,13 @@ class Channel(NamedTuple):
         """Seconds until `moved_bytes` have passed the slowest link, after `hops` hops one behind the other."""
         if not self.protocols:
             return self.start_seconds + hops * self.latency_seconds + moved_bytes / self.bytes_per_second
-        return self.start_seconds + min(
-            start
-            + hops * (self.latency_seconds + inside + self.between_nodes * (outside - inside))
-            + moved_bytes / (self.bytes_per_second * share)
-            for start, inside, outside, share in _PROTOCOLS
-        )
+        least = math.inf
+        for start, inside, outside, share in _PROTOCOLS:  # a loop: this is asked millions of times in a search
+            hop = self.latency_seconds + inside + self.between_nodes * (outside - inside)
+            seconds = start + hops * hop + moved_bytes / (self.bytes_per_second * share)
+            if seconds < least:
+                least = seconds
+        return self.start_seconds + least
 
 
 def all_reduce_seconds(size_bytes: float, channel: Channel) -> float:
@@ -126,6 +126,15 @@ def broadcast_seconds(size_bytes: float, channel: Channel) -> float:
     return channel.seconds(n - 1, size_bytes)
 
 
+def all_to_all_seconds(size_bytes: float, channel: Channel) -> float:
+    """Seconds for every member to hand 1/n of its `size_bytes` to each other member, all pairs at once.
+
+    For a channel of the axis "expert", whose pace counts the pairs' loads.
+    """
+    n = channel.size
+    return channel.seconds(n - 1, size_bytes) if n > 1 else 0.0
+
+
 def send_seconds(size_bytes: float, channel: Channel) -> float:
     """Seconds to send `size_bytes` from one device to another."""
     if channel.size <= 1:
@@ -147,52 +156,89 @@ class Communication:
         kinds = {device.accelerator for device in cluster.devices}
         self.backend = "gloo" if all(cluster.accelerators[kind].torch_device == "cpu" for kind in kinds) else "nccl"
         self._on_paper = self.backend == "nccl" and not cluster.fingerprint
-        self._wiring = _Wiring(cluster, symmetric=symmetric, achieved=_ACHIEVED if self._on_paper else {})
+        achieved: dict[str, float] = {}
+        if self._on_paper:
+            # What NCCL gets out of links with large messages; between kinds of devices what the weaker one does.
+            known = [efficiency_of(kind) or DEFAULT for kind in cluster.accelerators.values()]
+            achieved = {"nvlink": min(one.nvlink for one in known), "network": min(one.network for one in known)}
+        self._wiring = _Wiring(cluster, symmetric=symmetric, achieved=achieved)
         self._position = {device.name: position for position, device in enumerate(cluster.devices)}
         self._channels: dict[tuple, tuple[Channel, ...]] = {}
 
     def channels(
-        self, devices: tuple[str, ...], pipeline: int, data: int, tensor: int, axis: Axis
+        self,
+        devices: tuple[str, ...],
+        pipeline: int,
+        data: int,
+        tensor: int,
+        axis: Axis,
+        *,
+        context: int = 1,
+        expert: int = 1,
     ) -> tuple[Channel, ...]:
         """For each pipeline rank the slowest of its groups along `axis`, all groups of that axis at work together.
 
-        `devices` holds the device of rank (p * data + d) * tensor + t. For the axis "pipeline" element p is the
-        channel from rank p to rank p + 1, the last one back to rank 0 (the interleaved schedule needs it). Raises
-        DisconnectedError if two members of a group have no path.
+        `devices` holds the device of rank ((p * data + d) * context + c) * tensor + t. Groups of the axis "data" are
+        the data x context replicas of the same parameters; "expert" those `expert` neighbours of them that divide the
+        experts, all pairs of which exchange tokens (see `all_to_all_seconds`); "expert_data" those that hold the same
+        experts. For the axis "pipeline" element p is the channel from rank p to rank p + 1, the last one back to rank
+        0 (the interleaved schedule needs it). Raises DisconnectedError if two members cannot reach each other.
         """
-        key = (devices, pipeline, data, tensor, axis)
+        key = (devices, pipeline, data, tensor, axis, context, expert)
         found = self._channels.get(key)
         if found is None:
-            found = self._channels[key] = self._measure(devices, pipeline, data, tensor, axis)
+            positions = np.fromiter((self._position[name] for name in devices), dtype=np.int64, count=len(devices))
+            mesh = positions.reshape(pipeline, data * context, tensor)
+            if axis == "pipeline":
+                found = self._along(mesh.reshape(pipeline, -1))
+            else:
+                found = self._groups(pipeline, _groups_of(mesh, axis, context, expert), axis == "expert")
+            self._channels[key] = found
         return found
 
     def group(self, devices: tuple[str, ...]) -> Channel:
         """The channel of one group of devices that has the links to itself."""
         return self.channels(devices, 1, len(devices), 1, "data")[0]
 
-    def _measure(
-        self, devices: tuple[str, ...], pipeline: int, data: int, tensor: int, axis: Axis
-    ) -> tuple[Channel, ...]:
-        positions = np.fromiter((self._position[name] for name in devices), dtype=np.int64, count=len(devices))
-        mesh = positions.reshape(pipeline, data, tensor)
-        size = {"data": data, "tensor": tensor, "pipeline": pipeline}[axis]
+    def crossing(self, sources: tuple[str, ...], targets: tuple[str, ...]) -> Channel:
+        """The channel between the ranks of two stages of unequal width, which pair up in order, both ways at once."""
+        key = (sources, targets)
+        found = self._channels.get(key)
+        if found is None:
+            count = max(len(sources), len(targets))
+            source = np.array([self._position[sources[at * len(sources) // count]] for at in range(count)])
+            target = np.array([self._position[targets[at * len(targets) // count]] for at in range(count)])
+            slowness, latency, crossing = self._pace(source, target, None, np.zeros(count, dtype=np.int64), 1)
+            found = self._channels[key] = (self._channel(2, latency[0], slowness[0], crossing[0]),)
+        return found[0]
+
+    def _along(self, source: np.ndarray) -> tuple[Channel, ...]:
+        pipeline = len(source)
+        if pipeline == 1:
+            return (Channel(backend=self.backend),)
+        target = np.roll(source, -1, axis=0)
+        owner = np.repeat(np.arange(pipeline), source.shape[1])
+        # The way back from the last rank to the first is idle except for the interleaved schedule: count it alone.
+        count = (pipeline - 1) * source.shape[1]
+        forward = self._pace(source.ravel()[:count], target.ravel()[:count], None, owner[:count], pipeline)
+        back = self._pace(source.ravel()[count:], target.ravel()[count:], None, owner[count:], pipeline)
+        slowness = np.maximum(forward[0], back[0])
+        latency = np.maximum(forward[1], back[1])
+        crossing = np.maximum(forward[2], back[2])
+        return tuple(self._channel(2, latency[p], slowness[p], crossing[p]) for p in range(pipeline))
+
+    def _groups(self, pipeline: int, groups: np.ndarray, pairwise: bool) -> tuple[Channel, ...]:
+        size = groups.shape[1]
         if size == 1:
             return (Channel(backend=self.backend),) * pipeline
-        if axis == "pipeline":
-            source = mesh.reshape(pipeline, -1)
-            target = np.roll(source, -1, axis=0)
-            owner = np.repeat(np.arange(pipeline), source.shape[1])
-            # The way back from the last rank to the first is idle except for the interleaved schedule: count it alone.
-            count = (pipeline - 1) * source.shape[1]
-            forward = self._pace(source.ravel()[:count], target.ravel()[:count], None, owner[:count], pipeline)
-            back = self._pace(source.ravel()[count:], target.ravel()[count:], None, owner[count:], pipeline)
-            slowness = np.maximum(forward[0], back[0])
-            latency = np.maximum(forward[1], back[1])
-            crossing = np.maximum(forward[2], back[2])
-            return tuple(self._channel(2, latency[p], slowness[p], crossing[p]) for p in range(pipeline))
-        groups = mesh.reshape(-1, tensor) if axis == "tensor" else mesh.transpose(0, 2, 1).reshape(-1, data)
         of_pipeline = np.repeat(np.arange(pipeline), len(groups) // pipeline)
-        source, target, weight, owner = self._wiring.rings(groups)
+        if pairwise:
+            one, other = (at.ravel() for at in np.nonzero(~np.eye(size, dtype=bool)))
+            source, target = groups[:, one].ravel(), groups[:, other].ravel()
+            owner = np.repeat(np.arange(len(groups)), len(one))
+            weight = np.full(len(source), 1 / size)
+        else:
+            source, target, weight, owner = self._wiring.rings(groups)
         figures = []
         for figure in self._pace(source, target, weight, owner, len(groups)):
             worst = np.zeros(pipeline)
@@ -233,6 +279,24 @@ class Communication:
             scale_scatter=self.cluster.operation_scale.get("reduce_scatter", 0.0),
             scale_send=self.cluster.operation_scale.get("send", 1.0),
         )
+
+
+def _groups_of(mesh: np.ndarray, axis: Axis, context: int, expert: int) -> np.ndarray:
+    """The groups of an axis, one a row, those of a pipeline rank together; `mesh`: pipeline x (data context) x tensor.
+
+    A pipeline rank's groups follow each other.
+    """
+    pipeline, replicas, tensor = mesh.shape
+    if axis == "tensor":
+        return mesh.reshape(-1, tensor)
+    across = mesh.transpose(0, 2, 1)  # pipeline x tensor x replicas
+    if axis == "data":
+        return across.reshape(-1, replicas)
+    if axis == "context":
+        return across.reshape(-1, context)
+    if axis == "expert":
+        return across.reshape(-1, expert)
+    return across.reshape(pipeline, tensor, -1, expert).transpose(0, 1, 3, 2).reshape(-1, replicas // expert)
 
 
 class _Wiring:
@@ -390,6 +454,10 @@ class _Wiring:
                 return [(np.array(order), share) for order, share in packing]
             parts.append(start + np.array(packing[0][0]))
         rings = max(len(part) for part in parts)
+        if all(len(part) == rings for part in parts):
+            # Thousands of nodes, mostly alike: one array of them is turned at once.
+            stacked = np.stack(parts)
+            return [(np.roll(stacked, -turn, axis=1).ravel(), 1 / rings) for turn in range(rings)]
         return [(np.concatenate([np.roll(part, -turn) for part in parts]), 1 / rings) for turn in range(rings)]
 
     def _packing(self, members: np.ndarray) -> list[tuple[tuple[int, ...], float]]:

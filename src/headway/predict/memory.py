@@ -12,16 +12,19 @@ import heapq
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from headway.predict.operators import Shards
-from headway.workload.graph import Graph, Parameter, dtype_bytes
+from headway.plan.plan import Stage
+from headway.predict.operators import Shards, operator_name
+from headway.workload.graph import Graph, Parameter, TensorKind, dtype_bytes
 
-__all__ = ["ActivationBytes", "ParameterBytes", "Sizes", "zero1_partition"]
+__all__ = ["ActivationBytes", "Keeping", "ParameterBytes", "Sizes", "zero1_partition"]
 
 
 class ParameterBytes(NamedTuple):
     """Parameters of some layers on one tensor-parallel rank, before ZeRO divides them.
 
-    `largest_layer_bytes`: of the layer that reads most. `trainable_*` leave frozen parameters out.
+    `largest_layer_*`: of the layer that reads most. `trainable_*` leave frozen parameters out, `expert_elements` counts
+    the trainable ones that are experts' (one expert-parallel rank's part of them). `largest_tensor_elements`: of the
+    largest parameter.
     """
 
     elements: int = 0
@@ -30,6 +33,9 @@ class ParameterBytes(NamedTuple):
     trainable_bytes: int = 0
     tensors: int = 0
     largest_layer_bytes: int = 0
+    largest_layer_elements: int = 0
+    largest_tensor_elements: int = 0
+    expert_elements: int = 0
 
 
 class ActivationBytes(NamedTuple):
@@ -38,7 +44,8 @@ class ActivationBytes(NamedTuple):
     `kept`: from forward to backward, without the tensor that enters (it belongs to whoever made it). `peak`: the most
     that activations and temporaries take together while this micro-batch runs; `peak_with_gradients`: the most that
     they take together with gradients that are made anew, layer by layer as activations are released. `input` and
-    `output` cross the stage's cuts.
+    `output` cross the stage's cuts. `largest_kept` is what the layer keeps that keeps most; `loss`, what the loss
+    keeps, is in `kept` and not in that.
     """
 
     kept: float
@@ -46,6 +53,51 @@ class ActivationBytes(NamedTuple):
     peak_with_gradients: float
     input: float
     output: float
+    largest_kept: float = 0.0
+    loss: float = 0.0
+
+
+class Keeping(NamedTuple):
+    """What a program that trains keeps of activations, besides what the graph says.
+
+    - `context`: ranks over which the tokens of everything are divided.
+    - `sequence_parallel`: what lies outside of tensor-parallel blocks is divided over the tensor ranks too (Korthikanti
+      et al., MLSys 2023, section 4).
+    - `autocast`: below float32, the stream between layers stays in float32, and each weight has a low-precision copy;
+      otherwise all but the loss is low.
+    - `products`: selective recomputation keeps what attention and every second matrix product return, as torchtitan
+      does; otherwise it leaves out the attention core alone.
+    - `logit_bytes`: what the loss takes for each element of the model's output at its worst moment; 0: what the graph
+      says.
+    - `input_bytes`: of each element that a matrix product keeps of its input, below float32.
+    - `working`: bytes beside the temporaries of each layer that goes backward (gradients on their way), but not beside
+      the loss.
+    """
+
+    context: int = 1
+    sequence_parallel: bool = False
+    autocast: bool = True
+    products: bool = False
+    logit_bytes: float = 0.0
+    input_bytes: float = 2.0
+    working: float = 0.0
+
+
+_OWN = Keeping()
+
+
+class _Division(NamedTuple):
+    """A micro-batch, and how its activations are divided and kept; `low`: below float32."""
+
+    samples: float
+    shards: Shards
+    low: bool
+    keeping: Keeping
+
+    @property
+    def outside(self) -> int:
+        """Over how many tensor ranks the stream between blocks is divided."""
+        return self.shards.degree if self.keeping.sequence_parallel else 1
 
 
 def zero1_partition(elements: Iterable[int], ranks: int) -> list[list[int]]:
@@ -69,9 +121,13 @@ class Sizes:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
+        self._canonical: dict[tuple[int, Shards], tuple[Stage, Stage]] = {}
+        self._representatives: dict[tuple, Stage] = {}
+        self._classes: dict[Shards, list[int]] = {}
         self._parameters: dict[tuple, ParameterBytes] = {}
         self._partitions: dict[tuple, tuple[tuple[int, int], ...]] = {}  # (elements, bytes or tensors) of each rank
         self._activations: dict[tuple, ActivationBytes] = {}
+        self._layers: dict[tuple, tuple[float, float, float, float, float]] = {}  # equal signature: equal layers
         self._blocks_of_layer: dict[int, list[int]] = {}
         for position, block in enumerate(graph.blocks):
             self._blocks_of_layer.setdefault(block.layer, []).append(position)
@@ -84,7 +140,17 @@ class Sizes:
             for name in {graph.parameter_by_name[name].name for name in layer.parameters}:
                 readers.setdefault(name, []).append(position)
         modules = {unit.module for unit in graph.units}
+        self._made_by_units: dict[int, list[TensorKind]] = {}
+        for unit in graph.units:
+            if unit.depends_on_parameters:
+                self._made_by_units.setdefault(unit.layer, []).extend(unit.produces)
         # `fully_shard` communicates unit by unit: how many units of each layer have parameters.
+        self._experts = frozenset(
+            graph.parameter_by_name[name].name
+            for layer in graph.layers
+            if layer.experts is not None
+            for name in layer.experts.parameters
+        )
         self.units = [
             max(1, len({owner for name in layer.parameters if (owner := _owner(name, modules))}))
             for layer in graph.layers
@@ -93,6 +159,47 @@ class Sizes:
         self.shared = tuple(
             (graph.parameter_by_name[name], tuple(layers)) for name, layers in readers.items() if len(layers) > 1
         )
+
+    def canonical(self, stage: Stage, shards: Shards) -> Stage:
+        """The first stage that was asked for with layers like these: what costs the same is computed once.
+
+        Layers are alike if they compute the same (signature), on parameters of the same shapes, split alike, none of
+        them shared with other layers. The ends of the model are like nothing else.
+        """
+        known = self._canonical.get((id(stage), shards))
+        if known is not None and known[0] is stage:
+            return known[1]
+        classes = self._classes_of(shards)
+        last = len(self.graph.layers)
+        key = (
+            shards,
+            tuple(classes[stage.start : stage.stop]),
+            tuple(at - stage.start for at in stage.recompute),
+            tuple(at - stage.start for at in stage.recompute_attention),
+            stage.start == 0,
+            stage.stop == last,
+            stage.data,
+            stage.tensor,
+        )
+        found = self._representatives.setdefault(key, stage)
+        self._canonical[id(stage), shards] = (stage, found)
+        return found
+
+    def _classes_of(self, shards: Shards) -> list[int]:
+        found = self._classes.get(shards)
+        if found is None:
+            tied = {at for _, layers in self.shared for at in layers}
+            numbers: dict[tuple, int] = {}
+            found = self._classes[shards] = []
+            for at, layer in enumerate(self.graph.layers):
+                own = [self.graph.parameter_by_name[name] for name in layer.parameters]
+                shapes = tuple((one.shape, one.dtype, one.trainable) for one in own)
+                split = tuple(block in shards.blocks for block in self._blocks_of_layer.get(at, ()))
+                # What has no signature, or shares parameters, is like no other layer.
+                alone = at if not layer.signature or at in tied else -1
+                key = (layer.signature, shapes, split, alone)
+                found.append(numbers.setdefault(key, len(numbers)))
+        return found
 
     def local_shape(self, parameter: Parameter, shards: Shards) -> tuple[int, ...]:
         """The shape of a parameter on one tensor-parallel rank."""
@@ -105,29 +212,38 @@ class Sizes:
         """Bytes of a parameter on one tensor-parallel rank."""
         return _product(self.local_shape(parameter, shards)) * dtype_bytes(parameter.dtype)
 
-    def parameters(self, start: int, stop: int, shards: Shards) -> ParameterBytes:
-        """Parameters that layers `start` to `stop` read, each counted once."""
-        key = (start, stop, shards)
+    def parameters(self, start: int, stop: int, shards: Shards, expert: int = 1) -> ParameterBytes:
+        """Parameters that layers `start` to `stop` read, each counted once; experts divided over `expert` ranks."""
+        key = (start, stop, shards, expert)
         found = self._parameters.get(key)
         if found is None:
-            found = self._parameters[key] = self._count(start, stop, shards)
+            found = self._parameters[key] = self._count(start, stop, shards, expert)
         return found
 
-    def _count(self, start: int, stop: int, shards: Shards) -> ParameterBytes:
-        elements = size = trainable = trainable_size = tensors = 0
+    def _count(self, start: int, stop: int, shards: Shards, expert: int) -> ParameterBytes:
+        elements = size = trainable = trainable_size = tensors = experts = largest = 0
         for parameter in self.graph.layer_parameters(start, stop).values():
             local = _product(self.local_shape(parameter, shards))
+            if parameter.name in self._experts:
+                local = -(-local // expert)
+                experts += local if parameter.trainable else 0
+            width = dtype_bytes(parameter.dtype)
             elements += local
-            size += local * dtype_bytes(parameter.dtype)
+            size += local * width
+            largest = max(largest, local)
             if parameter.trainable:
                 trainable += local
-                trainable_size += local * dtype_bytes(parameter.dtype)
+                trainable_size += local * width
                 tensors += 1
         if stop - start == 1:
-            largest = size
+            most_bytes, most_elements = size, elements
         else:
-            largest = max(self.parameters(at, at + 1, shards).bytes for at in range(start, stop))
-        return ParameterBytes(elements, size, trainable, trainable_size, tensors, largest)
+            each = [self.parameters(at, at + 1, shards, expert) for at in range(start, stop)]
+            most_bytes = max(one.bytes for one in each)
+            most_elements = max(one.elements for one in each)
+        return ParameterBytes(
+            elements, size, trainable, trainable_size, tensors, most_bytes, most_elements, largest, experts
+        )
 
     def sharded(self, start: int, stop: int, shards: Shards, ranks: int) -> tuple[int, int]:
         """(elements, bytes) that the fullest of `ranks` ranks holds under `fully_shard`: rows, rounded up."""
@@ -157,78 +273,196 @@ class Sizes:
         return found
 
     def activations(
-        self, start: int, stop: int, recompute: tuple[int, ...], samples: int, shards: Shards, precision: str
+        self,
+        start: int,
+        stop: int,
+        recompute: tuple[int, ...],
+        samples: float,
+        shards: Shards,
+        precision: str,
+        recompute_attention: tuple[int, ...] = (),
+        keeping: Keeping | None = None,
     ) -> ActivationBytes:
-        """Activations of one micro-batch of `samples` in the stage of layers `start` to `stop`."""
-        key = (start, stop, recompute, samples, shards, precision)
+        """Activations of one micro-batch of `samples` in the stage of layers `start` to `stop`.
+
+        Tensor parallelism divides what lies inside of its blocks. `keeping`: what else divides, and which kernels keep
+        what; Headway's own runtime if None.
+        """
+        key = (start, stop, recompute, samples, shards, precision, recompute_attention, keeping)
         found = self._activations.get(key)
         if found is None:
-            found = self._activations[key] = self._stage(start, stop, recompute, samples, shards, precision)
+            by = _Division(samples, shards, precision != "float32", keeping or _OWN)
+            found = self._activations[key] = self._stage(start, stop, recompute, recompute_attention, by)
         return found
 
     def _stage(
-        self, start: int, stop: int, recompute: tuple[int, ...], samples: int, shards: Shards, precision: str
+        self, start: int, stop: int, recompute: tuple[int, ...], recompute_attention: tuple[int, ...], by: _Division
     ) -> ActivationBytes:
         graph = self.graph
-        again = set(recompute)
-        left = sum(self.parameters(at, at + 1, shards).trainable_bytes for at in range(start, stop))
-        kept = peak = peak_with_gradients = 0.0
+        again, cores = set(recompute), set(recompute_attention)
+        samples = by.samples
+        left = sum(self.parameters(at, at + 1, by.shards).trainable_bytes for at in range(start, stop))
+        kept = peak = peak_with_gradients = largest = loss = 0.0
         for at in range(start, stop):
             is_last = at == len(graph.layers) - 1
-            saved, forward_extra, backward_extra, gradients = self._layer(at, samples, shards, precision)
+            saved, core, forward_extra, backward_extra, gradients = self._layer(at, by)
+            before = kept
+            backward_extra += by.keeping.working
             if at in again:
                 # Only what units begin with stays; the rest comes back while this layer goes backward.
-                kept += self._between_units(at, samples) - (graph.layers[at].output.bytes(samples) if is_last else 0)
+                between = self._between_units(at, samples)
+                if is_last:
+                    between -= _bytes(graph.layers[at].output, samples)
+                kept += between * self._outside_share(by)
                 extra = max(forward_extra, saved + backward_extra)
+            elif at in cores and by.keeping.products:
+                products = min(saved, self._products(at, by))
+                kept += products
+                extra = max(forward_extra, saved - products + backward_extra)
+            elif at in cores:
+                kept += saved - core
+                extra = max(forward_extra, core + backward_extra)
             else:
                 kept += saved
                 extra = max(forward_extra, backward_extra)
+            largest = max(largest, kept - before)
+            if is_last and by.keeping.logit_bytes:
+                output = graph.layers[at].output
+                loss = by.keeping.logit_bytes * _bytes(output, samples) / dtype_bytes(output.dtype)
+                extra = 0.0  # it is the loss
+            elif is_last:
+                loss = graph.loss_saved.at(samples)
             if is_last:
-                kept += graph.loss_saved.at(samples)
+                loss *= self._loss_share(at, by)
+            kept += loss
             # When this layer goes backward, those behind it have released what they kept and made their gradients.
             peak = max(peak, kept + extra)
             peak_with_gradients = max(peak_with_gradients, kept + extra + left)
             left -= gradients
         entry = graph.layers[start].input
+        crossing = self._outside_share(by)
         return ActivationBytes(
             kept=kept,
             peak=max(peak, kept),
             peak_with_gradients=max(peak_with_gradients, kept),
-            input=float(entry.bytes(samples)) if entry is not None else 0.0,
-            output=float(graph.layers[stop - 1].output.bytes(samples)),
+            input=_bytes(entry, samples) * crossing if entry is not None else 0.0,
+            output=_bytes(graph.layers[stop - 1].output, samples) * crossing,
+            largest_kept=largest,
+            loss=loss,
         )
 
-    def _layer(self, at: int, samples: int, shards: Shards, precision: str) -> tuple[float, float, float, float]:
-        """Saved, most extra going forward, most extra going backward, and gradients of one layer."""
+    def _layer(self, at: int, by: _Division) -> tuple[float, float, float, float, float]:
+        """Saved, of that the attention core, most extra forward, most extra backward, and gradients of one layer."""
+        chosen = self._chosen_share(at, by.shards)
+        key = (self.graph.layers[at].signature or at, chosen, by)
+        found = self._layers.get(key)
+        if found is None:
+            found = self._layers[key] = self._measure(at, chosen, by)
+        return found
+
+    def _measure(self, at: int, chosen: float, by: _Division) -> tuple[float, float, float, float, float]:
         layer = self.graph.layers[at]
-        blocks = self._blocks_of_layer.get(at, [])
-        chosen = sum(1 for block in blocks if block in shards.blocks)
+        samples, shards = by.samples, by.shards
         # `saved_sharded` is for all blocks of the layer together.
-        share = chosen / len(blocks) if blocks else 0.0
-        scale = 1.0 - share * (1.0 - 1.0 / shards.degree)
-        low = self.low_precision_share(at) if precision != "float32" else 1.0
+        scale = 1.0 - chosen * (1.0 - 1.0 / shards.degree)
+        low = self.low_precision_share(at) if by.low else 1.0
         divided = layer.saved_sharded.at(samples)
-        saved = (layer.saved.at(samples) - divided + divided * scale) * low
+        outside = scale if by.keeping.sequence_parallel else 1.0
+        share = low / by.keeping.context
+        saved = ((layer.saved.at(samples) - divided) * outside + divided * scale) * share
+        if by.low and by.keeping.input_bytes != 2.0:
+            saved -= self._inputs(at, by) * (1.0 - by.keeping.input_bytes / 2.0)
+        core = layer.attention.core_saved.at(samples) * scale * share if layer.attention is not None else 0.0
         own = self.parameters(at, at + 1, shards)
-        if precision != "float32":
+        if by.low and by.keeping.autocast:
             # Autocast keeps a low-precision copy of each weight from forward to backward.
             saved += own.bytes / 2
         return (
             saved,
-            layer.forward_peak_extra.at(samples) * scale * low,
-            layer.backward_peak_extra.at(samples) * scale * low,
+            min(core, saved),
+            layer.forward_peak_extra.at(samples) * scale * share,
+            layer.backward_peak_extra.at(samples) * scale * share,
             own.trainable_bytes,
         )
 
-    def _between_units(self, at: int, samples: int) -> float:
+    def _products(self, at: int, by: _Division) -> float:
+        """Bytes of what attention and every second matrix product of a layer return, and of what the layer returns.
+
+        (torchtitan, parallelisms/parallelize_llama.py, selective_ac_option "op")
+        """
+        kept = _bytes(self.graph.layers[at].output, by.samples) / by.outside
+        products = 0
+        for position in self.graph.layers[at].forward:
+            operator = self.graph.operators[position]
+            name = operator_name(operator)
+            if name in ("mm", "addmm"):
+                products += 1
+            if "attention" in name or (name in ("mm", "addmm") and products % 2):
+                dims = operator.sharded_outputs or (-1,) * len(operator.outputs)
+                for kind, dim in zip(operator.outputs, dims, strict=True):
+                    kept += _bytes(kind, by.samples) / (by.shards.of(operator) if dim >= 0 else 1)
+        return kept * (0.5 if by.low else 1.0) / by.keeping.context
+
+    def _inputs(self, at: int, by: _Division) -> float:
+        """Bytes that matrix products of a layer keep of their inputs, each tensor once, in 16 bits.
+
+        What attention returns is kept by attention too, as it is: that counts against it.
+        """
+        found: dict[int, float] = {}
+        attention: set[int] = set()
+        weights = set(self.graph.layers[at].parameters)
+        for position in self.graph.layers[at].forward:
+            operator = self.graph.operators[position]
+            name = operator_name(operator)
+            if "attention" in name:
+                attention.update(operator.output_tensors)
+            if name not in ("mm", "addmm") or not weights & set(operator.reads_parameters):
+                continue
+            dims = operator.sharded_inputs or (-1,) * len(operator.inputs)
+            given = zip(operator.input_tensors, operator.inputs, dims, strict=True)
+            for tensor, kind, dim in given:
+                if any(kind.per_sample):
+                    divided = by.shards.of(operator) if dim >= 0 else by.outside
+                    found[tensor] = _bytes(kind, by.samples) / divided
+        kept = sum(size for tensor, size in found.items() if tensor not in attention)
+        again = sum(size for tensor, size in found.items() if tensor in attention)
+        kept -= again * by.keeping.input_bytes / (2.0 - by.keeping.input_bytes)
+        return kept * 0.5 / by.keeping.context
+
+    def _chosen_share(self, at: int, shards: Shards) -> float:
+        """Which share of a layer's blocks tensor parallelism splits."""
+        blocks = self._blocks_of_layer.get(at, [])
+        return sum(1 for block in blocks if block in shards.blocks) / len(blocks) if blocks else 0.0
+
+    def _outside_share(self, by: _Division) -> float:
+        """What is left of the stream between layers, which lies outside of all tensor-parallel blocks."""
+        low = 0.5 if by.low and not by.keeping.autocast else 1.0
+        return low / by.keeping.context / by.outside
+
+    def _loss_share(self, at: int, by: _Division) -> float:
+        """The loss is divided where the projection before it leaves each rank a part of the vocabulary."""
+        splits = any(
+            block in by.shards.blocks and not self.graph.blocks[block].rows
+            for block in self._blocks_of_layer.get(at, [])
+        )
+        return 1.0 / by.keeping.context / (by.shards.degree if splits else 1)
+
+    def _between_units(self, at: int, samples: float) -> float:
         """Bytes that the units of a layer hand on: recomputation works unit by unit and keeps what each begins with."""
-        made = [kind for unit in self.graph.units if unit.layer == at and unit.depends_on_parameters
-                for kind in unit.produces]  # fmt: skip
-        return float(sum(kind.bytes(samples) for kind in made) if made else self.graph.layers[at].output.bytes(samples))
+        made = self._made_by_units.get(at)
+        return sum(_bytes(kind, samples) for kind in made or (self.graph.layers[at].output,))
 
     def low_precision_share(self, at: int) -> float:
-        """What is left of a layer's float32 activations under bfloat16 autocast: a half."""
+        """What is left of a layer's float32 activations in a lower precision: a half."""
         return 0.5
+
+
+def _bytes(kind: TensorKind, samples: float) -> float:
+    """Bytes of a tensor; samples may be a fraction where stages share a micro-batch out."""
+    size = float(dtype_bytes(kind.dtype))
+    for fixed, slope in zip(kind.fixed, kind.per_sample, strict=True):
+        size *= fixed + slope * samples
+    return size
 
 
 def _product(shape: Iterable[int]) -> int:

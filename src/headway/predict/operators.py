@@ -9,11 +9,13 @@ from headway.workload.graph import Operator, TensorKind, dtype_bytes
 __all__ = [
     "WHOLE",
     "Shards",
+    "elements_of",
     "is_matrix_operator",
     "needs_full_precision",
     "operator_bytes",
     "operator_name",
     "sharded_shape",
+    "tensor_bytes",
 ]
 
 # Autocast runs these in the lower precision (torch.amp documentation, "ops that can autocast to bfloat16").
@@ -37,10 +39,14 @@ _GATHERS = frozenset({"embedding", "index_select", "gather", "index"})
 
 
 class Shards(NamedTuple):
-    """How tensor parallelism divides a model: `degree` ranks share the blocks at positions `blocks` of the graph."""
+    """How tensor parallelism divides a model: `degree` ranks share the blocks at positions `blocks` of the graph.
+
+    `sequence`: streaming operators outside of the blocks are divided too, by tokens (sequence parallelism).
+    """
 
     degree: int = 1
     blocks: frozenset[int] = frozenset()
+    sequence: bool = False
 
     def of(self, operator: Operator) -> int:
         """By how much this operator's sharded dimensions are divided."""
@@ -79,21 +85,30 @@ def _low_precision_bytes(operator: Operator, kind: TensorKind) -> int:
     return size if needs_full_precision(operator) else 2
 
 
-def _tensor_bytes(operator: Operator, kind: TensorKind, dim: int, samples: int, degree: int, low: bool) -> float:
-    elements = kind.elements(samples) / (degree if dim >= 0 else 1)
+def elements_of(kind: TensorKind, samples: float) -> float:
+    """Elements of a tensor; of a fraction of a sample too, as context parallelism computes."""
+    product = 1.0
+    for fixed, slope in zip(kind.fixed, kind.per_sample):
+        product *= fixed + slope * samples
+    return product
+
+
+def tensor_bytes(operator: Operator, kind: TensorKind, dim: int, samples: float, degree: int, low: bool) -> float:
+    """Bytes of one of an operator's tensors, its dimension `dim` divided among `degree` ranks; `low`: in 16 bits."""
+    elements = elements_of(kind, samples) / (degree if dim >= 0 else 1)
     return elements * (_low_precision_bytes(operator, kind) if low else dtype_bytes(kind.dtype))
 
 
-def operator_bytes(operator: Operator, samples: int, degree: int = 1, precision: str = "float32") -> float:
+def operator_bytes(operator: Operator, samples: float, degree: int = 1, precision: str = "float32") -> float:
     """Bytes that an operator reads and writes at `samples`, its sharded tensors divided by `degree`."""
     low = precision != "float32"
     in_dims = operator.sharded_inputs or (-1,) * len(operator.inputs)
     out_dims = operator.sharded_outputs or (-1,) * len(operator.outputs)
     written = sum(
-        _tensor_bytes(operator, kind, dim, samples, degree, low) for kind, dim in zip(operator.outputs, out_dims)
+        tensor_bytes(operator, kind, dim, samples, degree, low) for kind, dim in zip(operator.outputs, out_dims)
     )
     if operator_name(operator) in _GATHERS:
         # The rows read are as many as the rows written; the indices are small beside them.
         return 2 * written
-    read = sum(_tensor_bytes(operator, kind, dim, samples, degree, low) for kind, dim in zip(operator.inputs, in_dims))
+    read = sum(tensor_bytes(operator, kind, dim, samples, degree, low) for kind, dim in zip(operator.inputs, in_dims))
     return read + written

@@ -1,7 +1,7 @@
 """When each micro-batch runs on each pipeline stage: the schedules as data, and what follows from them.
 
 `order_of_rank` writes a schedule down as the runtime (torch.distributed.pipelining) executes it. `play` derives exact
-start times from it by the dependencies alone; `closed_form` says the same for balanced stages in a formula.
+start times from it by the dependencies alone; `closed_form` says nearly the same in a formula.
 """
 
 from __future__ import annotations
@@ -10,15 +10,23 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-__all__ = ["Cell", "Played", "closed_form", "in_flight", "order_of_rank", "play"]
+__all__ = ["WEIGHT", "Cell", "Played", "closed_form", "in_flight", "order_of_rank", "play"]
+
+# `Cell.backward` of the second half of a backward pass that a schedule splits.
+WEIGHT = 2
 
 
 class Cell(NamedTuple):
-    """One micro-batch going forward or backward through one stage."""
+    """One micro-batch going through one stage.
+
+    `backward` is False for the forward pass and True for the backward pass. A schedule that splits backward in two
+    (zero bubble) has True for the gradient of the stage's input, for which the stage before waits, and `WEIGHT` for the
+    gradients of its parameters, for which nobody waits.
+    """
 
     stage: int
     micro_batch: int
-    backward: bool
+    backward: int
 
 
 class Played(NamedTuple):
@@ -38,7 +46,10 @@ def order_of_rank(schedule: str, rank: int, pipeline: int, virtual_stages: int, 
 
     "gpipe": all forward, then all backward (Huang et al., NeurIPS 2019, section 2.3). "1f1b": as many forward as ranks
     remain, then one backward and one forward in turn (Narayanan et al., ICML 2021). "interleaved": the same over
-    `virtual_stages` chunks on each rank (Narayanan et al., SC 2021, section 2.2).
+    `virtual_stages` chunks on each rank (Narayanan et al., SC 2021, section 2.2). "zero_bubble": ZB-H1 (Qi et al., ICLR
+    2024, section 2.3), 1F1B with backward split in two; rank r lets its parameters' gradients wait for r micro-batches,
+    so that every rank holds as many micro-batches as the first one does under 1F1B, and the gradients that the stages
+    before wait for are made earlier.
     """
     m, p, v = micro_batches, pipeline, virtual_stages
     if schedule == "interleaved":
@@ -51,10 +62,15 @@ def order_of_rank(schedule: str, rank: int, pipeline: int, virtual_stages: int, 
         return tuple(cell for pair in zip(forward, backward, strict=True) for cell in pair)
     warmup = min(m, p - rank)
     cells = forward[:warmup]
+    delay = rank if schedule == "zero_bubble" else m
     for i in range(m):
         cells.append(backward[i])
+        if i >= delay:
+            cells.append(Cell(rank, i - delay, WEIGHT))
         if warmup + i < m:
             cells.append(forward[warmup + i])
+    if schedule == "zero_bubble":
+        cells.extend(Cell(rank, i, WEIGHT) for i in range(max(0, m - delay), m))
     return tuple(cells)
 
 
@@ -88,7 +104,9 @@ def _interleaved(rank: int, p: int, v: int, m: int) -> tuple[Cell, ...]:
 def in_flight(schedule: str, rank: int, pipeline: int, virtual_stages: int, micro_batches: int) -> tuple[int, ...]:
     """For each stage of a rank, how many micro-batches it holds activations of when the rank holds most.
 
-    1F1B keeps min(m, p - rank), GPipe all m (Narayanan et al., SC 2021, section 2.2).
+    1F1B keeps min(m, p - rank), GPipe all m (Narayanan et al., SC 2021, section 2.2). ZB-H1 keeps min(m, p) on every
+    rank (Qi et al., ICLR 2024, section 2.3), counted until its parameters' gradients are made: an upper bound, since
+    the gradient of the input has released a part by then.
     """
     m, p, v = micro_batches, pipeline, virtual_stages
     if schedule == "gpipe":
@@ -97,6 +115,8 @@ def in_flight(schedule: str, rank: int, pipeline: int, virtual_stages: int, micr
         return (1,)
     if schedule == "1f1b":
         return (min(m, p - rank),)
+    if schedule == "zero_bubble":
+        return (min(m, p),)
     # Interleaved: most is held after the warm-up and the first forward behind it; from there on backward and forward
     # take turns. Forward passes go through the chunks in rounds (see `_interleaved`).
     round_size = m // max(1, m // p)
@@ -114,15 +134,21 @@ def play(
     forward_seconds: Sequence[float],
     backward_seconds: Sequence[float],
     send_seconds: Sequence[float],
+    weight_seconds: Sequence[float] | None = None,
 ) -> Played:
     """Start every cell as soon as its rank is free and its input is there.
 
     `forward_seconds` and `backward_seconds` are for each stage; `send_seconds[r]` is the time from pipeline rank r to
-    the next one (and back, for gradients). Takes about a microsecond for each cell.
+    the next one (and back, for gradients). `weight_seconds`: the part of each stage's `backward_seconds` that the
+    gradients of its parameters take, where the schedule splits them off; half if not given. Takes about a microsecond
+    for each cell.
     """
     stages = len(forward_seconds)
     virtual = stages // pipeline
     orders = [order_of_rank(schedule, rank, pipeline, virtual, micro_batches) for rank in range(pipeline)]
+    weights = _weights(schedule, backward_seconds, weight_seconds)
+    # By `Cell.backward`.
+    takes = (forward_seconds, [b - w for b, w in zip(backward_seconds, weights, strict=True)], weights)
     last = stages - 1
     ends: dict[Cell, float] = {}
     starts: dict[Cell, float] = {}
@@ -138,14 +164,15 @@ def play(
         while at < len(order):
             cell = order[at]
             stage, index, backward = cell
-            if backward:
+            delay = 0.0
+            if backward == WEIGHT:
+                needs = None  # its own rank has made the gradient of the input before
+            elif backward:
                 needs = Cell(stage, index, False) if stage == last else Cell(stage + 1, index, True)
                 delay = 0.0 if stage == last else send_seconds[stage % pipeline]
-                takes = backward_seconds[stage]
             else:
                 needs = Cell(stage - 1, index, False) if stage else None
                 delay = send_seconds[(stage - 1) % pipeline]
-                takes = forward_seconds[stage]
             if needs is not None:
                 end = ends.get(needs)
                 if end is None:
@@ -155,7 +182,7 @@ def play(
                     end += delay
                 now = max(now, end)
             starts[cell] = now
-            now += takes
+            now += takes[backward][stage]
             ends[cell] = now
             at += 1
             if cell in waiting:
@@ -168,6 +195,13 @@ def play(
     return Played(starts=starts, finish=tuple(clock))
 
 
+def _weights(schedule: str, backward_seconds: Sequence[float], given: Sequence[float] | None) -> Sequence[float]:
+    """Seconds of each stage's backward pass that its schedule splits off."""
+    if schedule != "zero_bubble":
+        return [0.0] * len(backward_seconds)
+    return given if given is not None else [seconds / 2 for seconds in backward_seconds]
+
+
 def closed_form(
     schedule: str,
     pipeline: int,
@@ -175,16 +209,20 @@ def closed_form(
     forward_seconds: Sequence[float],
     backward_seconds: Sequence[float],
     send_seconds: Sequence[float],
+    weight_seconds: Sequence[float] | None = None,
 ) -> tuple[float, ...]:
     """When each pipeline rank is done, without playing the schedule: the slowest stage sets the pace.
 
     The first micro-batch passes through everything, the other m - 1 follow at the pace of the slowest stage: for equal
-    stages the textbook bubble of (p - 1)/m, or (p - 1)/(v m) interleaved (Narayanan et al., SC 2021, section 2.2).
+    stages the textbook bubble of (p - 1)/m, or (p - 1)/(v m) interleaved (Narayanan et al., SC 2021, section 2.2), and
+    of (p - 1)(F + B - W)/(m (F + B + W)) for ZB-H1 (Qi et al., ICLR 2024, table 2).
     """
     m, p = micro_batches, pipeline
     forward, backward = forward_seconds, backward_seconds
     sends = sum(send_seconds[: p - 1])
     both = [f + b for f, b in zip(forward, backward, strict=True)]
+    if schedule == "zero_bubble":
+        return _zero_bubble(m, both, _weights(schedule, backward, weight_seconds), forward, send_seconds)
     if schedule == "interleaved":
         ranks = [sum(both[rank::p]) for rank in range(p)]
         # A micro-batch crosses p - 1 chunks before the last rank can begin, and p - 1 after it ended.
@@ -192,8 +230,53 @@ def closed_form(
     elif schedule == "gpipe":
         seconds = sum(both) + (m - 1) * (max(forward) + max(backward)) + 2 * sends
     else:
-        seconds = sum(both) + (m - 1) * max(both) + 2 * sends
+        seconds = sum(both) + 2 * sends + _following(m - 1, both, [0.0] * p, send_seconds)
     finish = [seconds]
     for rank in range(p - 1):
         finish.append(finish[-1] - backward[rank] - send_seconds[rank])
     return tuple(finish)
+
+
+def _following(count: int, both: Sequence[float], weights: Sequence[float], send_seconds: Sequence[float]) -> float:
+    """Seconds that `count` micro-batches behind the first one add when forward and backward take turns.
+
+    Between ranks i and j (i <= j) only j - i + 1 micro-batches are under way at a time: so many go round, back and
+    forth, in the work of all ranks between them and 2 (j - i) sends. Without sends the slowest rank alone is the
+    slowest round; with them, long rounds are. The slowest round rules, and a shorter one takes the remainder.
+    `weights`: the part of `both` that only the first rank of a round does within it.
+    """
+    slowest = [0.0] * (len(both) + 1)  # by micro-batches in the round
+    for first in range(len(both)):
+        seconds = weights[first]
+        for last in range(first, len(both)):
+            seconds += both[last] - weights[last]
+            slowest[last - first + 1] = max(slowest[last - first + 1], seconds)
+            seconds += 2 * send_seconds[last]
+    size = max(range(1, len(slowest)), key=lambda at: (slowest[at] / at, -at))
+    rounds, rest = divmod(count, size)
+    return rounds * slowest[size] + max(slowest[rest], rest * slowest[1])
+
+
+def _zero_bubble(
+    m: int, both: Sequence[float], weights: Sequence[float], forward: Sequence[float], send_seconds: Sequence[float]
+) -> tuple[float, ...]:
+    """ZB-H1: the slowest rank works without a pause, but for filling and draining the ranks around it.
+
+    Unless sends are so long that even with the gradients of parameters to fill in, rounds take longer than that.
+    """
+    slowest = max(range(len(both)), key=lambda at: both[at])
+    sends = sum(send_seconds[: len(both) - 1])
+    # By how much less a rank's gradients of inputs take than those of its parameters, which others work off meanwhile.
+    behind = [both[at] - forward[at] - 2 * weights[at] for at in range(len(both))]
+    seconds = m * both[slowest] + 4 * sends
+    inputs = [both[at] - forward[at] - weights[at] for at in range(len(both))]
+    seconds += sum(
+        max(forward[at], inputs[at], forward[at] + inputs[at] - weights[at]) for at in range(len(both)) if at != slowest
+    )
+    following = _following(m - 1, both, weights, send_seconds)
+    if following > (m - 1) * both[slowest] * (1 + 1e-9):
+        seconds = max(seconds, sum(both) - sum(weights) + 2 * sends + following)
+    finish = [0.0]
+    for each in behind[:-1]:
+        finish.append(finish[-1] - each)
+    return tuple(each + seconds - max(finish) for each in finish)

@@ -8,7 +8,12 @@ __all__ = ["Memory", "Prediction", "StepTime"]
 
 
 class Memory(Value):
-    """Peak bytes on one device, by kind. `workspace_bytes` counts temporaries, allocator rounding included."""
+    """Peak bytes on one device, by kind.
+
+    `workspace_bytes` counts temporaries, with the allocator's rounding and what it holds in pieces too small to use.
+    `outside_bytes` are held by no allocator: the CUDA context with its kernels, and NCCL's buffers. nvidia-smi shows
+    them, torch.cuda.max_memory_reserved does not: that is `allocator_bytes`.
+    """
 
     parameters_bytes: float = 0.0
     gradients_bytes: float = 0.0
@@ -16,6 +21,12 @@ class Memory(Value):
     activations_bytes: float = 0.0
     communication_bytes: float = 0.0
     workspace_bytes: float = 0.0
+    outside_bytes: float = 0.0
+
+    @property
+    def allocator_bytes(self) -> float:
+        """All but what lies outside of torch's allocator."""
+        return self.total_bytes - self.outside_bytes
 
     @property
     def total_bytes(self) -> float:
@@ -26,6 +37,7 @@ class Memory(Value):
             + self.activations_bytes
             + self.communication_bytes
             + self.workspace_bytes
+            + self.outside_bytes
         )
 
 

@@ -5,34 +5,34 @@ its edges, and times every operator where it stands. So each finds the strides, 
 in a real step. What cannot be replayed keeps its roofline, scaled by how far the replayed operators are from theirs.
 
 On a machine whose ranks share it, `concurrent` processes do the same at the same time: caches and memory are crowded
-as they will be. Results are kept in an SQLite table under the user's cache directory, keyed by hardware, torch
-version, threads and crowd.
+as they will be. Results are kept in the database of measured times (`database.py`), under a source that stands for
+hardware, torch version, threads and crowd.
 """
 
 from __future__ import annotations
 
 import bisect
+import datetime
 import hashlib
 import json
 import os
 import platform
-import sqlite3
 import statistics
 import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
 
-from headway.errors import FileError
 from headway.hardware.cluster import Accelerator
 from headway.hardware.host import keep_freed_memory
+from headway.predict.database import Database, Measurement, default_database
 from headway.predict.operators import (
     WHOLE,
     Shards,
@@ -45,7 +45,15 @@ from headway.predict.operators import (
 from headway.value import Value
 from headway.workload.graph import Graph, Operator
 
-__all__ = ["CrowdRequest", "Profile", "Replay", "default_cache", "operator_key"]
+__all__ = [
+    "CrowdRequest",
+    "Profile",
+    "Replay",
+    "computed_dtype",
+    "default_cache",
+    "operator_key",
+    "replayed_positions",
+]
 
 _REPEATS = 5
 _CACHE_BYTES = 128 * 2**20  # more than the last-level cache of one rank
@@ -112,6 +120,7 @@ class Profile(Value):
         optimizer: str = "AdamW",
         budget_seconds: float = 10.0,
         fingerprint: str = "",
+        device: str = "",
         cache: Path | None = None,
         refresh: bool = False,
     ) -> Profile:
@@ -119,9 +128,11 @@ class Profile(Value):
 
         `threads`: of torch in one rank (0: as torch chooses). `concurrent`: processes that compute at the same time.
         `budget_seconds` bounds the measuring as a whole, smallest cases first; what is then missing is interpolated.
-        `cache`: an SQLite file (None: `default_cache()`). Raises FileError if the cache cannot be written.
+        `device`: what the database calls the device ("": as the system does). `cache`: the file of the database (None:
+        `default_cache()`). Raises FileError if the cache cannot be written.
         """
-        table = _Table(cache or default_cache(), _context(torch_device, threads, concurrent, fingerprint))
+        context = _context(torch_device, threads, concurrent, fingerprint)
+        table = _Table(Database(cache or default_cache()), context, device or _machine(torch_device))
         known = {} if refresh else table.load()
         cases = [(count, degree) for degree in sorted(set(degrees)) for count in sorted(set(samples))]
         missing = [case for case in cases if not _covered(graph, case, precision, known)]
@@ -132,7 +143,7 @@ class Profile(Value):
                 fresh |= _constants(graph, optimizer, update_key, torch_device)
             with _threads(threads):
                 fresh |= _quiet_share(graph, missing, fresh, precision, torch_device, concurrent, budget_seconds / 8)
-            table.save(fresh)
+            table.save(fresh, _facts(graph, degrees, precision))
             for key, values in fresh.items():
                 known[key] = known.get(key, {}) | values
         seconds: dict[str, dict[int, float]] = {}
@@ -171,6 +182,13 @@ def operator_key(operator: Operator, degree: int, precision: str) -> str:
     return f"{operator_name(operator)} {hashlib.sha256(msgspec.json.encode(content)).hexdigest()[:24]}"
 
 
+def computed_dtype(operator: Operator, precision: str) -> str:
+    """The dtype that an operator computes in: `precision` for what autocast lowers, else that of its first input."""
+    if precision != "float32" and is_matrix_operator(operator):
+        return precision
+    return operator.inputs[0].dtype if operator.inputs else "float32"
+
+
 def _interpolated(operator: Operator, measured: dict[int, float], samples: int) -> float:
     found = measured.get(samples)
     if found is not None:
@@ -190,20 +208,22 @@ def _interpolated(operator: Operator, measured: dict[int, float], samples: int) 
 
 
 def default_cache() -> Path:
-    """Where measurements are kept: `profile.sqlite` in $XDG_CACHE_HOME/headway, or ~/.cache/headway."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "headway" / "profile.sqlite"
+    """Where measurements are kept: the file of `database.default_database`."""
+    return default_database()
 
 
 # ---------------------------------------------------------------------------------------------------------- the table
 
 
-def _context(torch_device: str, threads: int, concurrent: int, fingerprint: str) -> str:
+def _machine(torch_device: str) -> str:
     if torch_device == "cuda":
-        machine = torch.cuda.get_device_name()
-    else:
-        machine = f"{platform.machine()} {_processor()} {os.cpu_count()}"
-    parts = (_VERSION, fingerprint or machine, torch.__version__, torch_device, threads, concurrent)
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} {_processor()} {os.cpu_count()}"
+
+
+def _context(torch_device: str, threads: int, concurrent: int, fingerprint: str) -> str:
+    machine = fingerprint or _machine(torch_device)
+    parts = (_VERSION, machine, torch.__version__, torch_device, threads, concurrent)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -216,45 +236,66 @@ def _processor() -> str:
 
 
 class _Table:
-    """Measurements of one context in an SQLite file that processes may share."""
+    """Measurements of one context in the database, where its name is their source."""
 
-    def __init__(self, path: Path, context: str) -> None:
-        self.path = path
+    def __init__(self, database: Database, context: str, device: str) -> None:
+        self.database = database
         self.context = context
-
-    @contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(sqlite3.connect(self.path, timeout=30)) as connection, connection:
-                connection.execute(
-                    "create table if not exists seconds (context text, key text, samples integer, seconds real, "
-                    "primary key (context, key, samples)) without rowid"
-                )
-                yield connection
-        except (sqlite3.Error, OSError) as error:
-            raise FileError(
-                f"the cache of measurements cannot be used: {error}",
-                place=str(self.path),
-                remedy="delete the file, free some space, or set XDG_CACHE_HOME to a folder you can write to",
-            ) from error
+        self.device = device
 
     def load(self) -> dict[str, dict[int, float]]:
-        found: dict[str, dict[int, float]] = defaultdict(dict)
-        with self._open() as connection:
-            query = "select key, samples, seconds from seconds where context = ?"
-            for key, samples, seconds in connection.execute(query, (self.context,)):
-                found[key][samples] = seconds
-        return dict(found)
+        return self.database.seconds_by_key(self.context)
 
-    def save(self, measured: dict[str, dict[int, float]]) -> None:
-        rows = [
-            (self.context, key, samples, seconds)
-            for key, values in measured.items()
-            for samples, seconds in values.items()
-        ]
-        with self._open() as connection:
-            connection.executemany("insert or replace into seconds values (?, ?, ?, ?)", rows)
+    def save(self, measured: dict[str, dict[int, float]], facts: dict[str, _Facts]) -> None:
+        today = datetime.date.today().isoformat()
+        rows = []
+        for key, values in measured.items():
+            operation, _, shape = key.partition(" ")
+            fact = facts.get(key)  # None: no operator but a constant of the machine
+            for samples, seconds in values.items():
+                rows.append(
+                    Measurement(
+                        device=self.device,
+                        operation=operation,
+                        dtype=fact.dtype if fact else "",
+                        shape=shape,
+                        size=samples,
+                        unit="samples",
+                        seconds=seconds,
+                        flop=fact.flop(samples) if fact else 0.0,
+                        moved_bytes=fact.moved_bytes(samples) if fact else 0.0,
+                        source=self.context,
+                        date=today,
+                    )
+                )
+        self.database.add(rows)
+
+
+class _Facts(NamedTuple):
+    """What is known of an operator beside its time."""
+
+    operator: Operator
+    degree: int
+    precision: str
+
+    @property
+    def dtype(self) -> str:
+        return computed_dtype(self.operator, self.precision)
+
+    def flop(self, samples: int) -> float:
+        return self.operator.flop.at(samples) / self.degree
+
+    def moved_bytes(self, samples: int) -> float:
+        return operator_bytes(self.operator, samples, self.degree, self.precision)
+
+
+def _facts(graph: Graph, degrees: Iterable[int], precision: str) -> dict[str, _Facts]:
+    found: dict[str, _Facts] = {}
+    for degree in sorted(set(degrees)):
+        for operator in graph.operators:
+            split = degree if operator.is_sharded else 1
+            found.setdefault(operator_key(operator, split, precision), _Facts(operator, split, precision))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
@@ -270,8 +311,8 @@ class CrowdRequest(Value):
     threads: int
 
 
-def _positions(graph: Graph) -> list[int]:
-    """Operators to replay, in order of execution: of up to three layers of each kind."""
+def replayed_positions(graph: Graph) -> list[int]:
+    """Positions of the operators that are replayed, in order of execution: of up to three layers of each kind."""
     seen: Counter[str] = Counter()
     chosen: set[int] = set()
     for at, layer in enumerate(graph.layers):
@@ -290,7 +331,7 @@ def _covered(graph: Graph, case: tuple[int, int], precision: str, known: dict[st
 
 def _marker(graph: Graph, degree: int, precision: str) -> str:
     digest = hashlib.sha256()
-    for position in _positions(graph):
+    for position in replayed_positions(graph):
         digest.update(operator_key(graph.operators[position], degree, precision).encode())
     return f"graph {digest.hexdigest()[:24]}"
 
@@ -399,7 +440,7 @@ class Replay:
         self.precision = precision
         self.device = torch.device(torch_device)
         self.shards = Shards(degree, frozenset(range(len(graph.blocks)))) if degree > 1 else WHOLE
-        self.positions = _positions(graph)
+        self.positions = replayed_positions(graph)
         self.keys = {
             at: operator_key(graph.operators[at], degree if graph.operators[at].is_sharded else 1, precision)
             for at in self.positions

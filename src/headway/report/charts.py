@@ -122,6 +122,7 @@ MEMORY_KINDS = {
     "activations_bytes": ("activations", "activations"),
     "communication_bytes": ("communication", "communication buffers"),
     "workspace_bytes": ("workspace", "workspace"),
+    "outside_bytes": ("other", "outside the allocator"),
 }
 
 _MAX_SPANS = 3000

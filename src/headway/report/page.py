@@ -26,7 +26,7 @@ from headway.timeline import Timeline
 from headway.units import format_bytes, format_count, format_flop, format_rate, format_seconds
 from headway.value import write_atomically
 
-__all__ = ["render", "write_report"]
+__all__ = ["packaged", "render", "variables", "write_report"]
 
 _MAX_RANKS = 32  # more are named, not drawn
 _MAX_LANES = 96
@@ -49,10 +49,10 @@ def render(run: RunDirectory) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.from_string(_packaged("page.html"))
+    template = environment.from_string(packaged("page.html"))
     return template.render(
-        style=Markup(_variables() + _packaged("page.css")),
-        script=Markup(_packaged("page.js")),
+        style=Markup(variables() + packaged("page.css")),
+        script=Markup(packaged("page.js")),
         version=metadata.version("headway"),
         written=_date(datetime.datetime.now(datetime.UTC)),
         gaps=run.gaps,
@@ -70,11 +70,14 @@ def render(run: RunDirectory) -> str:
     )
 
 
-def _packaged(name: str) -> str:
+def packaged(name: str) -> str:
+    """A file that comes with this package: a template, the style, the script."""
     return resources.files("headway.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _variables() -> str:
+def variables() -> str:
+    """The palettes as CSS variables, light and dark."""
+
     def rules(palette: dict[str, str]) -> str:
         return " ".join(f"--{role}: {colour};" for role, colour in palette.items())
 

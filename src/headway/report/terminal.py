@@ -36,14 +36,17 @@ __all__ = [
     "comparison_table",
     "format_quantity",
     "memory_table",
+    "new_table",
     "prediction_table",
     "probe_tables",
     "ranking_tables",
+    "what_if_table",
     "workload_table",
 ]
 
 
-def _table(title: str, *columns: str, right: Sequence[int] = ()) -> Table:
+def new_table(title: str, *columns: str, right: Sequence[int] = ()) -> Table:
+    """A table as all of ours look; `right`: the columns that are set flush right."""
     table = Table(
         title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False, show_header=any(columns)
     )
@@ -55,7 +58,7 @@ def _table(title: str, *columns: str, right: Sequence[int] = ()) -> Table:
 def workload_table(workload: Workload) -> list[Table]:
     """What the model is: its totals, and its layers with repeated ones on one line. FLOP are for one sample."""
     graph = workload.graph
-    totals = _table(f"{graph.name}", "", "")
+    totals = new_table(f"{graph.name}", "", "")
     totals.add_row("parameters", f"{graph.parameter_count:,} in {format_bytes(graph.parameter_bytes)}")
     forward, backward = graph.forward_flop.at(1), graph.backward_flop.at(1)
     totals.add_row("FLOP per sample", f"{format_flop(forward)} forward, {format_flop(backward)} backward")
@@ -68,7 +71,7 @@ def workload_table(workload: Workload) -> list[Table]:
     totals.add_row("global batch", f"{workload.global_batch:,} samples{tokens}")
     for note in graph.notes:
         totals.add_row("note", note)
-    layers = _table("Layers", "layer", "parameters", "FLOP forward", "saved", "output", right=(1, 2, 3, 4))
+    layers = new_table("Layers", "layer", "parameters", "FLOP forward", "saved", "output", right=(1, 2, 3, 4))
     for first, count in _repeated(graph.layers):
         parameters = sum(graph.parameter_by_name[name].elements for name in first.parameters)
         layers.add_row(
@@ -94,7 +97,7 @@ def _repeated(layers: Sequence[Layer]) -> list[tuple[Layer, int]]:
 
 def cluster_table(cluster: Cluster) -> Table:
     """What the machines are: one line for each kind of device, one for each kind of link."""
-    table = _table(
+    table = new_table(
         f"{cluster.name}: {_counted(len(cluster), 'device')} in {_counted(len(cluster.nodes), 'node')}", "", ""
     )
     for kind in cluster.accelerators.values():
@@ -117,7 +120,7 @@ def cluster_table(cluster: Cluster) -> Table:
 
 def probe_tables(probe: Probe) -> list[Table]:
     """What was measured on this machine: its cores and memory, and communication beside the line fitted to it."""
-    machine = _table("This machine", "", "")
+    machine = new_table("This machine", "", "")
     machine.add_row("processor", f"{probe.processor}, {_counted(probe.cores, 'core')}")
     machine.add_row("memory", format_bytes(probe.memory_bytes))
     machine.add_row("ranks", f"{len(probe.cluster)}, each with {_counted(probe.threads, 'thread')}")
@@ -130,7 +133,7 @@ def probe_tables(probe: Probe) -> list[Table]:
         machine.add_row("note", "the machine was busy: repeat with --refresh when it is idle")
     if not probe.points:
         return [machine, cluster_table(probe.cluster)]
-    points = _table("Communication", "operation", "ranks", "bytes", "measured", "bandwidth", right=(1, 2, 3, 4))
+    points = new_table("Communication", "operation", "ranks", "bytes", "measured", "bandwidth", right=(1, 2, 3, 4))
     for point in probe.points:
         points.add_row(
             point.operation,
@@ -148,7 +151,7 @@ def _counted(number: int, noun: str) -> str:
 
 def ranking_tables(ranking: Ranking, *, rejected: int = 6) -> list[Table]:
     """The best plans, and why others were left out."""
-    best = _table(
+    best = new_table(
         f"Best plans of {ranking.considered:,} considered, in {format_seconds(ranking.seconds)}",
         "", "plan", "step", "memory", "samples/s", "bound by", right=(0, 2, 3, 4),
     )  # fmt: skip
@@ -162,16 +165,33 @@ def ranking_tables(ranking: Ranking, *, rejected: int = 6) -> list[Table]:
             format_count(prediction.samples_per_second),
             prediction.bound,
         )
-    left_out = _table("Left out, for instance", "plan", "because", right=())
+    left_out = new_table("Left out, for instance", "plan", "because", right=())
     for item in ranking.rejected[:rejected]:
         left_out.add_row(item.summary, item.reason)
     return [best, left_out] if ranking.rejected else [best]
 
 
+def what_if_table(now: Ranking, then: Ranking, machines: str, changes: str) -> Table:
+    """The best plan on the machines as they are beside the best one if they were otherwise."""
+    table = new_table(f"What if {changes}?", "", "plan", "step", "memory", "bound by", right=(2, 3))
+    for name, ranking in ((machines, now), ("what if", then)):
+        best = ranking.best[0]
+        table.add_row(
+            name,
+            best.plan.describe(),
+            format_seconds(best.prediction.time.step_seconds),
+            format_bytes(best.prediction.peak_bytes),
+            best.prediction.bound,
+        )
+    factor = now.best[0].prediction.time.step_seconds / then.best[0].prediction.time.step_seconds
+    table.add_row("", f"{factor:.2f}x as fast", "", "", "")
+    return table
+
+
 def prediction_table(plan: Plan, prediction: Prediction) -> Table:
     """One plan's predicted cost, in parts."""
     time_ = prediction.time
-    table = _table(plan.describe(), "", "", "share", right=(1, 2))
+    table = new_table(plan.describe(), "", "", "share", right=(1, 2))
 
     def part(name: str, seconds: float) -> None:
         share = seconds / time_.step_seconds if time_.step_seconds else 0.0
@@ -199,7 +219,7 @@ _KINDS = ("parameters", "gradients", "optimizer", "activations", "communication"
 
 def algorithms_table(comparison: Comparison) -> Table:
     """Algorithms for one collective, the fastest first: times, bandwidths, share of the best possible rate."""
-    table = _table(
+    table = new_table(
         f"{comparison.collective} of {format_bytes(comparison.size_bytes)} among "
         f"{_counted(len(comparison.devices), 'device')} of {comparison.cluster}",
         "algorithm", "simulated", "predicted", "bandwidth", "bus bandwidth", "optimum", "bottleneck",
@@ -226,15 +246,16 @@ def algorithms_table(comparison: Comparison) -> Table:
 
 
 def memory_table(memory: Sequence[Memory]) -> Table:
-    """Predicted memory by kind, ranks with equal figures on one line."""
-    table = _table("Memory of each rank", "ranks", *_KINDS, "total", right=range(1, 8))
+    """Predicted memory by kind, ranks with equal figures on one line; workspace with what no allocator holds."""
+    table = new_table("Memory of each rank", "ranks", *_KINDS, "total", right=range(1, 8))
     groups: dict[Memory, list[int]] = {}
     for rank, item in enumerate(memory):
         groups.setdefault(item, []).append(rank)
     for item, ranks in groups.items():
         table.add_row(
             _ranges(ranks),
-            *(format_bytes(getattr(item, f"{kind}_bytes")) for kind in _KINDS),
+            *(format_bytes(getattr(item, f"{kind}_bytes")) for kind in _KINDS[:-1]),
+            format_bytes(item.workspace_bytes + item.outside_bytes),
             format_bytes(item.total_bytes),
         )
     return table
@@ -259,7 +280,7 @@ def format_quantity(value: float, unit: str) -> str:
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Predicted beside measured (rows of `train.run.compare`)."""
-    table = _table("Predicted and measured", "", "predicted", "measured", "error", right=(1, 2, 3))
+    table = new_table("Predicted and measured", "", "predicted", "measured", "error", right=(1, 2, 3))
     for row in rows:
         error = "" if row["error"] is None else f"{row['error']:+.1%}"
         table.add_row(

@@ -1,15 +1,17 @@
 """Branch and bound over all plans: best first, and nothing is left out that could be among the best.
 
 The space is a tree: meshes (devices and degrees), in each of them groups (schedule and micro-batch), in each of them
-ZeRO stages. Every node has a lower bound on what the goal counts. The node with the least bound is opened next; once
-that bound is worse than the worst of the best `keep` plans found so far, so is everything that is still closed, and
-the search ends (Land and Doig, Econometrica 1960). Only plans whose bound is in the way are predicted in full.
+states (ZeRO stage, and where parameters and optimizer rest). Every node has a lower bound on what the goal counts. The
+node with the least bound is opened next; once that bound is worse than the worst of the best `keep` plans found so far,
+so is everything that is still closed, and the search ends (Land and Doig, Econometrica 1960). Only plans whose bound is
+in the way are predicted in full.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
@@ -22,7 +24,7 @@ from headway.predict.prediction import Memory, Prediction
 from headway.predict.step import Predictor
 from headway.search.bounds import Bounds
 from headway.search.ranking import Candidate, Goal
-from headway.search.space import Group, Mesh, Placement, Space
+from headway.search.space import Group, Mesh, Placement, Space, States
 from headway.search.stages import balanced_cuts, stage_costs
 
 __all__ = ["Found", "MeshRecord", "Misfit", "exhaustive_search"]
@@ -48,9 +50,9 @@ class _Attempt(NamedTuple):
     """A plan and the memory that it needs; `over`: bytes that each pipeline rank lacks (negative: has left)."""
 
     plan: Plan
-    memory: tuple[Memory, ...]
     over: np.ndarray
-    rank: int  # the one that lacks most
+    worst: Memory  # of the rank that lacks most
+    rank: int
     peak_bytes: float
     excess_bytes: float
     fits: bool
@@ -67,6 +69,7 @@ class MeshRecord:
         self.excess_bytes = math.inf  # least excess of what was left out by a bound on memory
         self.excess_of = ""  # and what that bound counted
         self.best: tuple[Figures, Candidate] | None = None
+        self.boundless: tuple[Figures, Candidate] | None = None  # the best if memory had no limit, where it is too slow
         self.misfit: Misfit | None = None
 
 
@@ -79,6 +82,7 @@ class Found(NamedTuple):
     totals: dict[str, int]
     considered: int
     evaluated: int
+    history: tuple[tuple[float, float], ...] = ()
 
 
 class _Node(NamedTuple):
@@ -124,10 +128,13 @@ class _Search:
         self.evaluated = 0
         self.settled = 0
         self.order = 0
+        self.began = time.perf_counter()
+        self.history: list[tuple[float, float]] = []
         self.totals = {"does not fit": 0, "worse": 0, "worse by a bound": 0}
         self.priced = all(kind.dollars_per_hour for kind in space.cluster.accelerators.values())
         self._stages: dict[tuple, Stage] = {}
         self._room: dict[Placement, np.ndarray] = {}
+        self._least: dict[tuple[Placement, int], tuple[np.ndarray, list[int]]] = {}
 
     # ----------------------------------------------------------------------------------------------------- figures
 
@@ -165,7 +172,7 @@ class _Search:
                     if obstacle:
                         impossible.append((mesh, obstacle))
                         continue
-                    plans = len(self.space.groups(mesh)) * len(self.space.zero_stages(mesh))
+                    plans = len(self.space.groups(mesh)) * len(self.space.states(mesh))
                     record = MeshRecord(mesh, plans, self.bounds.mesh_seconds(mesh))
                     records.append(record)
                     self._push(heap, record, record.bound_seconds, None, False)
@@ -188,11 +195,12 @@ class _Search:
             totals={reason: count for reason, count in self.totals.items() if count},
             considered=considered,
             evaluated=self.evaluated,
+            history=tuple(self.history),
         )
 
     def _push(self, heap: list[_Node], record: MeshRecord, seconds: float, group: Group | None, exact: bool) -> None:
         mesh = record.mesh
-        held = min(self._least_bytes(mesh, group, zero) for zero in self.space.zero_stages(mesh))
+        held = min(self._least_bytes(mesh, group, states) for states in self.space.states(mesh))
         self.order += 1
         bound = self._bound(mesh.placement, seconds, held)
         heapq.heappush(heap, _Node(bound, self.order, record, group, exact))
@@ -209,8 +217,8 @@ class _Search:
             seconds = max(self.bounds.group_seconds(mesh, group), self.bounds.cut_seconds(mesh, group))
             self._push(heap, record, seconds, group, True)
         else:
-            for zero in self.space.zero_stages(mesh):
-                self._settle(record, group, zero)
+            for states in self.space.states(mesh):
+                self._settle(record, group, states)
 
     def _explain(self, closed: list[_Node]) -> None:
         """Look into the likeliest of the meshes that stay closed, only to say what is wrong with them."""
@@ -233,14 +241,13 @@ class _Search:
     def _has_room(self, mesh: Mesh, group: Group) -> bool:
         if not self.limited or not self.prune:
             return True
-        return min(self._lacking(mesh, group, zero) for zero in self.space.zero_stages(mesh)) <= 0
+        return min(self._lacking(mesh, group, states) for states in self.space.states(mesh)) <= 0
 
     def _leave(self, node: _Node) -> None:
         record = node.record
         if node.group is None and self._too_full(record):
             return
-        zeros = len(self.space.zero_stages(record.mesh))
-        plans = record.plans if node.group is None else zeros
+        plans = record.plans if node.group is None else len(self.space.states(record.mesh))
         self.totals["worse by a bound"] += plans
         record.open_bound = node.bound if record.open_bound is None else min(record.open_bound, node.bound)
 
@@ -248,7 +255,7 @@ class _Search:
         """Whether the states alone leave no plan of a mesh any room."""
         if not self.limited or not self.prune:
             return False
-        lacks = [self._lacking(record.mesh, None, zero) for zero in self.space.zero_stages(record.mesh)]
+        lacks = [self._lacking(record.mesh, None, states) for states in self.space.states(record.mesh)]
         if min(lacks) <= 0:
             return False
         record.excess_bytes, record.excess_of = min(lacks), "parameters, gradients and optimizer states alone"
@@ -256,31 +263,33 @@ class _Search:
         self.settled += record.plans
         return True
 
-    def _least_bytes(self, mesh: Mesh, group: Group | None, zero: int) -> float:
+    def _least_bytes(self, mesh: Mesh, group: Group | None, states: States) -> float:
         if group is None:
-            return self.bounds.state_bytes(mesh, zero)
-        return self.bounds.group_bytes(mesh, group, zero)
+            return self.bounds.state_bytes(mesh, states)
+        return self.bounds.group_bytes(mesh, group, states)
 
-    def _lacking(self, mesh: Mesh, group: Group | None, zero: int) -> float:
-        return self._least_bytes(mesh, group, zero) - float(np.max(self._room_of(mesh.placement)))
+    def _lacking(self, mesh: Mesh, group: Group | None, states: States) -> float:
+        return self._least_bytes(mesh, group, states) - float(np.max(self._room_of(mesh.placement)))
 
     # ------------------------------------------------------------------------------------------------------ leaves
 
-    def _settle(self, record: MeshRecord, group: Group, zero: int) -> None:
+    def _settle(self, record: MeshRecord, group: Group, states: States) -> None:
         self.settled += 1
         mesh = record.mesh
         if self.limited and self.prune:
-            lacks = self._lacking(mesh, group, zero)
+            lacks = self._lacking(mesh, group, states)
             if lacks > 0:
                 if lacks < record.excess_bytes:
                     record.excess_bytes, record.excess_of = lacks, "its states and the least activations"
                 self.totals["does not fit"] += 1
                 return
-        chosen, nearest = self._choose(mesh, group, zero)
+        if self._too_slow(record, group, states):
+            return
+        chosen, nearest = self._choose(mesh, group, states)
         if chosen is None:
             self.totals["does not fit"] += 1
             if record.misfit is None or nearest.excess_bytes < record.misfit.excess_bytes:
-                record.misfit = Misfit(nearest.excess_bytes, nearest.plan, nearest.memory[nearest.rank], nearest.rank)
+                record.misfit = Misfit(nearest.excess_bytes, nearest.plan, nearest.worst, nearest.rank)
             return
         peak = chosen.peak_bytes
         known = record.best is not None and record.best[0][0] <= peak
@@ -296,11 +305,32 @@ class _Search:
         self.order += 1
         self.best.append((figures, self.order, candidate))
         self.best.sort(key=lambda entry: entry[:2])
+        if self.best[0][2] is candidate:
+            self.history.append((time.perf_counter() - self.began, candidate.prediction.time.step_seconds))
         if len(self.best) > self.keep:
             self.best.pop()
             self.totals["worse"] += 1
 
-    def _choose(self, mesh: Mesh, group: Group, zero: int) -> tuple[_Attempt | None, _Attempt]:
+    def _too_slow(self, record: MeshRecord, group: Group, states: States) -> bool:
+        """Whether a leaf would be worse than what was found even if nothing had to be recomputed.
+
+        Recomputation adds to the compute of a stage. It may cover communication, by no more than it adds.
+        """
+        if not self.limited or self.goal == "memory" or not self.prune or len(self.best) < self.keep:
+            return False
+        mesh = record.mesh
+        plain = self._plan(mesh, group, states, self.bounds.cuts(mesh, group), frozenset())
+        # Only the time: the memory of each of ten thousand ranks is not asked for.
+        prediction = Prediction(time=self.predictor.step_time(plain), memory=(), samples_per_second=0.0)
+        figures = self._figures(mesh.placement, prediction, 0.0)
+        if not self._hopeless((figures[0] * (1 - 1e-9), 0.0)):
+            return False
+        if record.boundless is None or figures < record.boundless[0]:
+            record.boundless = (figures, Candidate(plan=plain, prediction=prediction))
+        self.totals["worse by a bound"] += 1
+        return True
+
+    def _choose(self, mesh: Mesh, group: Group, states: States) -> tuple[_Attempt | None, _Attempt]:
         """The plan of a leaf that recomputes least and fits (or None), and the one that comes nearest to fitting.
 
         Memory alone decides, so nothing is timed here. For the goal "memory" the plan that needs least is chosen.
@@ -309,9 +339,12 @@ class _Search:
         wanted = self.space.constraints.recompute
         everything = frozenset(range(self.space.layers))
 
-        def attempt(cuts: tuple[int, ...], recompute: frozenset[int]) -> _Attempt:
-            return self._attempt(mesh, self._plan(mesh, group, zero, cuts, recompute))
+        def attempt(cuts: tuple[int, ...], recompute: frozenset[int], selective: bool = False) -> _Attempt:
+            return self._attempt(mesh, self._plan(mesh, group, states, cuts, recompute, selective))
 
+        if wanted == "selective":
+            only = attempt(cuts, frozenset(), True)
+            return (only if only.fits else None), only
         if wanted != "any":
             only = attempt(cuts, everything if wanted == "full" else frozenset())
             return (only if only.fits else None), only
@@ -321,7 +354,7 @@ class _Search:
         full = attempt(cuts, everything)
         tried = [full, plain]
         if not full.fits and not plain.fits:
-            other = self._roomier_cuts(mesh, group, zero, full.over)
+            other = self._roomier_cuts(mesh, group, states, full.over)
             if other is not None and other != cuts:
                 cuts = other
                 plain, full = attempt(cuts, frozenset()), attempt(cuts, everything)
@@ -334,17 +367,41 @@ class _Search:
             return least, least
         if plain.fits:
             return plain, plain
-        less = self._recompute_less(mesh, group, cuts, plain.over, attempt)
-        return less or full, full
+        less = self._recompute_less(mesh, group, cuts, plain.over, full.over, attempt) or full
+        if self.bounds.cores and not self.space.constraints.runnable:
+            selective = attempt(cuts, frozenset(), True)
+            if selective.fits and self._seconds(selective) < self._seconds(less):
+                return selective, full
+        return less, full
+
+    def _seconds(self, attempt: _Attempt) -> float:
+        return self.predictor.step_time(attempt.plan).step_seconds
 
     def _attempt(self, mesh: Mesh, plan: Plan) -> _Attempt:
-        memory = self.predictor.memory(plan)
-        over, rank, peak = self._over(mesh, memory)
-        excess = float(np.max(over))
-        return _Attempt(plan, memory, over, rank, peak, excess, excess <= 0 or not self.limited)
+        peaks = self.predictor.residency.peaks(plan)
+        used = np.array([memory.total_bytes for memory in peaks])
+        room, smallest = self._least_room(mesh)
+        over = used - room
+        worst = int(np.argmax(over))
+        excess = float(over[worst])
+        fits = excess <= 0 or not self.limited
+        return _Attempt(plan, over, peaks[worst], smallest[worst], float(np.max(used)), excess, fits)
+
+    def _least_room(self, mesh: Mesh) -> tuple[np.ndarray, list[int]]:
+        """For each pipeline rank the bytes that a plan may use on its smallest device, and which rank that is."""
+        key = (mesh.placement, mesh.pipeline)
+        found = self._least.get(key)
+        if found is None:
+            rows = self._room_of(mesh.placement).reshape(mesh.pipeline, -1)
+            at = rows.argmin(axis=1)
+            found = self._least[key] = (
+                rows.min(axis=1),
+                [row * rows.shape[1] + int(one) for row, one in enumerate(at)],
+            )
+        return found
 
     def _recompute_less(
-        self, mesh: Mesh, group: Group, cuts: tuple[int, ...], over_plain: np.ndarray,
+        self, mesh: Mesh, group: Group, cuts: tuple[int, ...], over_plain: np.ndarray, over_full: np.ndarray,
         attempt: Callable[[tuple[int, ...], frozenset[int]], _Attempt],
     ) -> _Attempt | None:  # fmt: skip
         """Recompute just as many layers on each pipeline rank as make it fit, those first that free most per second."""
@@ -364,11 +421,20 @@ class _Search:
             chosen = (layer for layers, count in zip(held, counts, strict=True) for layer in layers[:count])
             return attempt(cuts, frozenset(chosen))
 
-        while np.any(enough - too_few > 1):
-            tried = np.where(enough - too_few > 1, (enough + too_few) // 2, enough)
+        # Layers are mostly alike, so that memory falls in proportion: the first tries are where it should be enough.
+        share = over_plain / np.maximum(over_plain - over_full, 1.0)
+        guess = np.ceil(np.clip(share, 0.0, 1.0) * enough).astype(int)
+        for around in range(64):
+            if not np.any(enough - too_few > 1):
+                break
+            middle = (enough + too_few) // 2
+            if around < 2:
+                middle = np.clip(guess, too_few + 1, np.maximum(enough - 1, too_few + 1))
+            tried = np.where(enough - too_few > 1, middle, enough)
             fits = with_counts(tried).over <= 0
             enough = np.where(fits, tried, enough)
             too_few = np.where(fits, too_few, tried)
+            guess = np.where(fits, guess - 1, guess + 1)
         found = with_counts(enough)
         return found if found.fits else None
 
@@ -376,7 +442,7 @@ class _Search:
         """Bytes that recomputing each layer frees, for each second of its forward pass."""
         kind = mesh.placement.kinds[0]
         forward, _ = self.predictor.layer_seconds(
-            kind, group.micro_batch, self.bounds.shards(mesh.tensor), self.space.precision,
+            kind, self.bounds.share(mesh, group), self.bounds.shards(mesh.tensor), self.space.precision,
             crowded=len(mesh.placement.devices) > 1,
         )  # fmt: skip
         seconds = np.maximum(np.diff(forward), 1e-12)
@@ -384,7 +450,7 @@ class _Search:
         # Layers of one signature differ by the rounding of their sums only.
         return [float(f"{value:.6g}") for value in saved / seconds]
 
-    def _roomier_cuts(self, mesh: Mesh, group: Group, zero: int, over: np.ndarray) -> tuple[int, ...] | None:
+    def _roomier_cuts(self, mesh: Mesh, group: Group, held: States, over: np.ndarray) -> tuple[int, ...] | None:
         """The fastest cut whose stages fit, by an estimate, with everything recomputed; None if there is no such cut.
 
         Cuts that balance time may load one device with more states than it can hold (the embedding of a large
@@ -393,16 +459,18 @@ class _Search:
         if mesh.pipeline == 1 or group.virtual_stages > 1 or not np.any(over < 0):
             return None
         sizes, graph, size = self.predictor.sizes, self.bounds.graph, group.micro_batch
+        part = 1 / mesh.context
         shards = self.bounds.shards(mesh.tensor)
         own = [sizes.parameters(at, at + 1, shards) for at in range(self.space.layers)]
-        weights = stage_costs([part.bytes + part.trainable_bytes for part in own])
+        weights = stage_costs([one.bytes * (held.parameters_on == "device") + one.trainable_bytes for one in own])
         optimizer = self.space.workload.optimizer
-        elements = np.array([part.trainable_elements for part in own]) / (mesh.data if zero else 1)
-        states = stage_costs(elements * optimizer.state_bytes_per_element)
+        elements = np.array([one.trainable_elements for one in own]) / (mesh.replicas if held.zero_stage else 1)
+        on_device = 1.0 if held.optimizer_on == "device" else 0.0
+        states = stage_costs(elements * optimizer.state_bytes_per_element * on_device)
         temporary = stage_costs(elements * optimizer.temporary_bytes_per_element)
-        entering = stage_costs([0.0 if layer.input is None else layer.input.bytes(size) for layer in graph.layers])
-        working = max(layer.saved.at(size) for layer in graph.layers) / mesh.tensor
-        room = self._room_of(mesh.placement).reshape(mesh.pipeline, -1).min(axis=1)
+        entering = stage_costs([0.0 if each.input is None else each.input.bytes(size) * part for each in graph.layers])
+        working = max(layer.saved.at(size) for layer in graph.layers) / mesh.tensor * part
+        room, _ = self._least_room(mesh)
         costs = []
         for rank, cost in enumerate(self.bounds.costs(mesh, 1, size)):
             flights = sum(in_flight(group.schedule, rank, mesh.pipeline, 1, group.micro_batches))
@@ -413,29 +481,39 @@ class _Search:
 
     # ------------------------------------------------------------------------------------------------------- plans
 
-    def _plan(self, mesh: Mesh, group: Group, zero: int, cuts: tuple[int, ...], recompute: frozenset[int]) -> Plan:
+    def _plan(
+        self, mesh: Mesh, group: Group, states: States, cuts: tuple[int, ...], recompute: frozenset[int],
+        selective: bool = False,
+    ) -> Plan:  # fmt: skip
         return Plan(
             model=self.space.workload.graph.name,
             devices=mesh.placement.devices,
             global_batch=self.space.workload.global_batch,
             micro_batch=group.micro_batch,
-            stages=tuple(self._stage(start, stop, recompute) for start, stop in pairwise(cuts)),
+            stages=tuple(self._stage(start, stop, recompute, selective) for start, stop in pairwise(cuts)),
             data=mesh.data,
             tensor=mesh.tensor,
             pipeline=mesh.pipeline,
             schedule=group.schedule,
-            zero_stage=zero,  # type: ignore[arg-type]
+            context=mesh.context,
+            expert=mesh.expert,
+            sequence_parallel=self.space.sequence_parallel(mesh.tensor),
+            zero_stage=states.zero_stage,
+            parameters_on=states.parameters_on,
+            optimizer_on=states.optimizer_on,
             tensor_sharding=self.space.split(mesh.tensor).sharding,
             precision=self.space.precision,
             exchange=self.space.constraints.exchange,
         )
 
-    def _stage(self, start: int, stop: int, recompute: frozenset[int]) -> Stage:
+    def _stage(self, start: int, stop: int, recompute: frozenset[int], selective: bool) -> Stage:
         again = tuple(layer for layer in range(start, stop) if layer in recompute)
-        key = (start, stop, again)
+        key = (start, stop, again, selective)
         found = self._stages.get(key)
         if found is None:
-            found = self._stages[key] = Stage(start=start, stop=stop, recompute=again)
+            cores = tuple(layer for layer in range(start, stop) if selective and layer in self.bounds.cores)
+            stage = Stage(start=start, stop=stop, recompute=again, recompute_attention=cores)
+            found = self._stages[key] = stage
         return found
 
     def _room_of(self, placement: Placement) -> np.ndarray:
@@ -447,11 +525,3 @@ class _Search:
             found = np.array([kinds[kind].memory_bytes * fraction for kind in placement.kinds])
             self._room[placement] = found
         return found
-
-    def _over(self, mesh: Mesh, memory: tuple[Memory, ...]) -> tuple[np.ndarray, int, float]:
-        """For each pipeline rank the bytes that its fullest device lacks (negative: has left); worst rank; peak."""
-        # The predictor gives ranks that hold the same one Memory: a thousand ranks have a handful.
-        totals = {key: one.total_bytes for key, one in {id(one): one for one in memory}.items()}
-        used = np.fromiter(map(totals.__getitem__, map(id, memory)), dtype=float, count=len(memory))
-        over = used - self._room_of(mesh.placement)
-        return over.reshape(mesh.pipeline, -1).max(axis=1), int(np.argmax(over)), float(np.max(used))

@@ -17,6 +17,7 @@ import msgspec
 from headway.errors import DoesNotFitError, FieldError, InputError, PlanError
 from headway.hardware.cluster import Cluster
 from headway.plan.plan import Plan
+from headway.predict.operators import Shards
 from headway.predict.prediction import Memory, Prediction
 from headway.predict.profile import Profile
 from headway.predict.step import Predictor
@@ -28,7 +29,7 @@ from headway.workload.graph import Workload
 
 __all__ = ["Candidate", "Constraints", "Goal", "Ranking", "Rejected", "find"]
 
-_KINDS = ("parameters", "gradients", "optimizer", "activations", "communication", "workspace")
+_KINDS = ("parameters", "gradients", "optimizer", "activations", "communication", "workspace", "outside")
 _UNCONSTRAINED = Constraints()
 _COMPARED = {"time": "slower", "memory": "more memory", "cost": "dearer"}
 
@@ -83,6 +84,7 @@ def find(
         considered=found.considered,
         evaluated=found.evaluated,
         seconds=time.perf_counter() - started,
+        history=found.history,
     )
 
 
@@ -115,6 +117,7 @@ def _does_not_fit(space: Space, predictor: Predictor, found: Found) -> DoesNotFi
     memory = needs[rank]
     has = kinds[plan.devices[rank]].memory_bytes
     used = f"{fraction:.0%} of " if fraction < 1 else ""
+    giant = _giant_layer(space, predictor, max(kinds[name].memory_bytes * fraction for name in plan.devices))
     # Single precision needs more, not less.
     fixed = msgspec.structs.replace(space.constraints, precision=None).describe()
     remedies = ["use more devices or devices with more memory"]
@@ -125,10 +128,25 @@ def _does_not_fit(space: Space, predictor: Predictor, found: Found) -> DoesNotFi
     return DoesNotFitError(
         f"no plan for {plan.model} fits; the nearest needs {format_bytes(memory.total_bytes)} on rank {rank} where "
         f"{used}{format_bytes(has)} can be used: {format_bytes(max(lacking))} too little, "
-        f"{_largest(memory)}",
+        f"{_largest(memory)}{giant}",
         place=f"{space.cluster.name}: {plan.describe()}",
         remedy=", or ".join(remedies),
     )
+
+
+def _giant_layer(space: Space, predictor: Predictor, room: float) -> str:
+    """Says which layer no device can hold while it computes, however states are divided; "" if there is none."""
+    degrees = [degree for degree in range(1, max(space.counts) + 1) if degree == 1 or space.split(degree).blocks]
+    split = space.split(max(degrees[-64:]))
+    shards = Shards(split.degree, split.blocks) if split.blocks else Shards()
+    sizes = [predictor.sizes.parameters(at, at + 1, shards).bytes for at in range(space.layers)]
+    largest = max(range(space.layers), key=lambda at: sizes[at])
+    if sizes[largest] <= room:
+        return ""
+    name = space.workload.graph.layers[largest].name
+    whole = predictor.sizes.parameters(largest, largest + 1, Shards()).bytes
+    divided = f", divided {split.degree} ways," if sizes[largest] < whole else ""
+    return f"; layer {name!r} alone has {format_bytes(sizes[largest])} of parameters{divided} more than any device"
 
 
 # ------------------------------------------------------------------------------------------------------------ reasons
@@ -156,6 +174,10 @@ def _rejected(found: Found, space: Space, goal: Goal) -> tuple[Rejected, ...]:
         if record.best is not None:
             factor, reason = _worse(record, *record.best, first, best, goal)
             slower.append((devices < widest, factor, reason))
+        elif record.boundless is not None:
+            factor, reason = _worse(record, *record.boundless, first, best, goal)
+            reason = msgspec.structs.replace(reason, exact=False, reason=f"at least {reason.reason}")
+            slower.append((devices < widest, factor, reason))
         elif record.misfit is not None:
             misfits.append((devices < widest, record.misfit.excess_bytes, _misfit(record.mesh, record.misfit)))
         elif record.open_bound is not None:
@@ -175,17 +197,19 @@ def _rejected(found: Found, space: Space, goal: Goal) -> tuple[Rejected, ...]:
 
 
 def _key(devices: int, degrees: Plan | Mesh, widest: int) -> tuple[int, ...]:
-    return (devices, degrees.data, degrees.tensor, degrees.pipeline) if devices == widest else (devices,)
+    if devices != widest:
+        return (devices,)
+    return (devices, degrees.data, degrees.tensor, degrees.pipeline, degrees.context, degrees.expert)
 
 
 def _knowledge(record: MeshRecord) -> tuple:
-    known = 0 if record.best is not None else 1 if record.misfit is not None else 2
+    known = 0 if record.best is not None else 1 if record.boundless or record.misfit is not None else 2
     figures: Figures = record.best[0] if record.best is not None else (record.bound_seconds, 0.0)
     return known, figures
 
 
 def _summary(mesh: Mesh) -> str:
-    degrees = (("data", mesh.data), ("tensor", mesh.tensor), ("pipeline", mesh.pipeline))
+    degrees = [(name, getattr(mesh, name)) for name in ("data", "tensor", "pipeline", "context", "expert")]
     return " x ".join(f"{name} {degree}" for name, degree in degrees if degree > 1) or "one device"
 
 
@@ -200,6 +224,8 @@ def _worse(
         data=mesh.data,
         tensor=mesh.tensor,
         pipeline=mesh.pipeline,
+        context=mesh.context,
+        expert=mesh.expert,
         kind=_COMPARED[goal],  # type: ignore[arg-type]
         reason=f"{_times(factor, goal)}: {because}",
         factor=factor,
@@ -221,6 +247,8 @@ def _bounded(record: MeshRecord, bound: Figures, first: Figures, goal: Goal) -> 
         data=mesh.data,
         tensor=mesh.tensor,
         pipeline=mesh.pipeline,
+        context=mesh.context,
+        expert=mesh.expert,
         kind=kind,  # type: ignore[arg-type]
         reason=f"at least {_times(factor, goal)}: {because}",
         factor=factor,
@@ -280,6 +308,8 @@ def _misfit(mesh: Mesh, misfit: Misfit) -> Rejected:
         data=mesh.data,
         tensor=mesh.tensor,
         pipeline=mesh.pipeline,
+        context=mesh.context,
+        expert=mesh.expert,
         kind="does not fit",
         reason=f"does not fit: {format_bytes(misfit.excess_bytes)} over on rank {misfit.rank} ({because})",
         excess_bytes=misfit.excess_bytes,
@@ -295,6 +325,8 @@ def _overfull(record: MeshRecord) -> Rejected:
         data=mesh.data,
         tensor=mesh.tensor,
         pipeline=mesh.pipeline,
+        context=mesh.context,
+        expert=mesh.expert,
         kind="does not fit",
         reason=f"does not fit: at least {format_bytes(record.excess_bytes)} over ({because})",
         excess_bytes=record.excess_bytes,
@@ -309,6 +341,8 @@ def _impossible(mesh: Mesh, reason: str) -> Rejected:
         data=mesh.data,
         tensor=mesh.tensor,
         pipeline=mesh.pipeline,
+        context=mesh.context,
+        expert=mesh.expert,
         kind="impossible",
         reason=reason,
         because=reason,

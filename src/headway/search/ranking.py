@@ -17,7 +17,11 @@ Goal = Literal["time", "memory", "cost"]
 class Constraints(Value):
     """What the plans must look like; None leaves a field to the search.
 
-    `recompute`: "any" recomputes as few layers as make the plan fit, "none" and "full" say what it says.
+    `recompute`: "any" recomputes as little as makes the plan fit; "none", "full" and "selective" (the attention core of
+    every layer) say what it says. `runnable`: only plans that Headway's own runtime carries out; without it the search
+    also weighs `context` and `expert` parallelism, divides activations by tokens (`sequence_parallel`, None: wherever
+    tensor is above 1) and knows the zero_bubble schedule. `offload`: "optimizer" and "any" let optimizer states, and
+    parameters too, rest on the host.
     `memory_fraction`: the share of a device's memory that a plan may fill; the rest is for the framework itself and
     for fragmentation. `exchange`: who carries out the collectives of all plans (see Plan); on a probed machine its
     figures must have been measured with the same.
@@ -28,15 +32,20 @@ class Constraints(Value):
     pipeline: int | None = None
     micro_batch: int | None = None
     zero_stage: Literal[0, 1, 2, 3] | None = None
-    recompute: Literal["any", "none", "full"] = "any"
-    schedule: Literal["none", "gpipe", "1f1b", "interleaved"] | None = None
-    precision: Literal["float32", "bfloat16"] | None = None
+    recompute: Literal["any", "none", "full", "selective"] = "any"
+    schedule: Literal["none", "gpipe", "1f1b", "interleaved", "zero_bubble"] | None = None
+    precision: Literal["float32", "bfloat16", "float16", "float8"] | None = None
     memory_fraction: float = 0.95
     exchange: Literal["torch", "headway"] = "torch"
+    context: int | None = None
+    expert: int | None = None
+    sequence_parallel: bool | None = None
+    offload: Literal["none", "optimizer", "any"] = "none"
+    runnable: bool = True
 
     def validate(self, *, place: str = "constraints") -> Constraints:
         """These constraints, or FieldError naming the field that no plan can meet."""
-        for field in ("data", "tensor", "pipeline", "micro_batch"):
+        for field in ("data", "tensor", "pipeline", "context", "expert", "micro_batch"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise FieldError(f"must be at least 1, not {value}", place=f"{place}: {field}")
@@ -46,7 +55,9 @@ class Constraints(Value):
                 place=f"{place}: memory_fraction",
                 remedy="0.95 leaves 5 % of each device's memory free",
             )
-        if self.zero_stage and self.data == 1:
+        if self.runnable:
+            self._validate_runnable(place)
+        if self.zero_stage and self.data == 1 and self.context in (None, 1):
             raise FieldError(
                 f"ZeRO stage {self.zero_stage} divides states over replicas, and data is 1",
                 place=f"{place}: zero_stage",
@@ -60,13 +71,42 @@ class Constraints(Value):
             )
         return self
 
+    def _validate_runnable(self, place: str) -> None:
+        beyond = {
+            "context": (self.context or 1) > 1,
+            "expert": (self.expert or 1) > 1,
+            "sequence_parallel": bool(self.sequence_parallel),
+            "offload": self.offload != "none",
+            "recompute": self.recompute == "selective",
+            "schedule": self.schedule == "zero_bubble",
+            "precision": self.precision not in (None, "float32", "bfloat16"),
+        }
+        for field, is_beyond in beyond.items():
+            if is_beyond:
+                raise FieldError(
+                    f"{getattr(self, field)!r} can be predicted, and Headway's own runtime does not carry it out yet",
+                    place=f"{place}: {field}",
+                    remedy="leave it out, or plan for machines described with --cluster, which are only predicted",
+                )
+
     def describe(self) -> str:
         """`data 2, recompute full`: what is fixed."""
-        fixed = [
-            f"{name.replace('_', ' ')} {getattr(self, name)}"
-            for name in ("data", "tensor", "pipeline", "micro_batch", "zero_stage", "schedule", "precision")
-            if getattr(self, name) is not None
-        ]
+        names = (
+            "data",
+            "tensor",
+            "pipeline",
+            "context",
+            "expert",
+            "micro_batch",
+            "zero_stage",
+            "schedule",
+            "precision",
+        )
+        fixed = [f"{name.replace('_', ' ')} {getattr(self, name)}" for name in names if getattr(self, name) is not None]
+        if self.sequence_parallel is not None:
+            fixed.append(f"sequence parallel {'on' if self.sequence_parallel else 'off'}")
+        if self.offload != "none":
+            fixed.append(f"offload {self.offload}")
         if self.recompute != "any":
             fixed.append(f"recompute {self.recompute}")
         return ", ".join(fixed)
@@ -98,6 +138,8 @@ class Rejected(Value):
     factor: float = 0.0
     because: str = ""
     exact: bool = True
+    context: int = 1
+    expert: int = 1
 
 
 class Ranking(Value):
@@ -116,3 +158,4 @@ class Ranking(Value):
     evaluated: int = 0
     seconds: float = 0.0
     seed: int | None = None
+    history: tuple[tuple[float, float], ...] = ()  # (seconds since it began, seconds of the best step so far)

@@ -9,16 +9,19 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from headway.hardware.cluster import Cluster
+from headway.plan.plan import Precision, Schedule, Tier
 from headway.search.ranking import Constraints
 from headway.workload.graph import Graph, Workload
 
-__all__ = ["Group", "Mesh", "Placement", "Space", "Split"]
+__all__ = ["Group", "Mesh", "Placement", "Space", "Split", "States"]
 
 # All divisors are tried as micro-batches while there are this many; beyond, the powers of two among them.
 _FEW_DIVISORS = 12
 # Numbers of devices that fill whole nodes are all tried up to so many nodes; beyond, the divisors and powers of two.
 _FEW_NODES = 16
 _VIRTUAL_STAGES = (2, 4, 8)
+# Ring attention pays where sequences are long: a rank is left at least so many tokens of each sample.
+_LEAST_TOKENS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,18 +51,33 @@ class Split(NamedTuple):
 
 
 class Mesh(NamedTuple):
-    """Degrees on a placement; their product is the number of its devices."""
+    """Degrees on a placement; the product of all but `expert` is the number of its devices."""
 
     placement: Placement
     data: int
     tensor: int
     pipeline: int
+    context: int = 1
+    expert: int = 1
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same parameters (but for experts), sum gradients and divide states."""
+        return self.data * self.context
+
+
+class States(NamedTuple):
+    """How replicas divide the states among them, and where those rest."""
+
+    zero_stage: Literal[0, 1, 2, 3]
+    parameters_on: Tier = "device"
+    optimizer_on: Tier = "device"
 
 
 class Group(NamedTuple):
-    """Plans of one mesh that differ only in their ZeRO stage and in what they recompute."""
+    """Plans of one mesh that differ only in their states (ZeRO stage, tiers) and in what they recompute."""
 
-    schedule: Literal["none", "gpipe", "1f1b", "interleaved"]
+    schedule: Schedule
     virtual_stages: int
     micro_batch: int
     micro_batches: int
@@ -93,7 +111,7 @@ class Space:
             fast = [device.accelerator for device in self._fastest_first()]
             counts |= {at for at in range(1, total) if fast[at - 1] != fast[at]}
         # Degrees that are asked for must not fail because their product is no such number.
-        fixed = math.prod(getattr(self.constraints, name) or 1 for name in ("data", "tensor", "pipeline"))
+        fixed = math.prod(getattr(self.constraints, name) or 1 for name in ("data", "tensor", "pipeline", "context"))
         counts |= {fixed * factor for factor in _powers_of_two(max(1, total // fixed))}
         return tuple(sorted((count for count in counts if count <= total), reverse=True))
 
@@ -107,7 +125,7 @@ class Space:
         return sorted(self._by_node(), key=lambda device: (-rate[device.accelerator], device.accelerator))
 
     @property
-    def precision(self) -> Literal["float32", "bfloat16"]:
+    def precision(self) -> Precision:
         return self.constraints.precision or self.workload.precision  # type: ignore[return-value]
 
     def placements(self, count: int) -> tuple[Placement, ...]:
@@ -140,11 +158,49 @@ class Space:
             if constraints.tensor not in (None, tensor):
                 continue
             for pipeline in _divisors(count // tensor):
-                data = count // tensor // pipeline
-                if constraints.pipeline not in (None, pipeline) or constraints.data not in (None, data):
+                if constraints.pipeline not in (None, pipeline):
                     continue
-                mesh = Mesh(placement, data, tensor, pipeline)
-                yield mesh, self._obstacle(mesh)
+                for context in self._contexts(count // tensor // pipeline):
+                    data = count // tensor // pipeline // context
+                    if constraints.data not in (None, data):
+                        continue
+                    for expert in self._expert_degrees(data * context):
+                        mesh = Mesh(placement, data, tensor, pipeline, context, expert)
+                        yield mesh, self._obstacle(mesh)
+
+    def _contexts(self, count: int) -> tuple[int, ...]:
+        """Context degrees that divide `count`."""
+        fixed = self.constraints.context
+        if fixed is not None or self.constraints.runnable:
+            return (fixed or 1,) if count % (fixed or 1) == 0 else ()
+        tokens = self.workload.graph.tokens_per_sample
+        if not any(layer.attention is not None for layer in self.workload.graph.layers):
+            return (1,)
+        # Twice as many parts as ranks: causal attention is balanced by giving each rank an early and a late part.
+        return tuple(
+            degree
+            for degree in _divisors(count)
+            if degree == 1 or (tokens % (2 * degree) == 0 and tokens // degree >= _LEAST_TOKENS)
+        )
+
+    def _expert_degrees(self, count: int) -> tuple[int, ...]:
+        """Expert degrees that divide both `count` and the experts of every mixture."""
+        fixed = self.constraints.expert
+        if fixed is not None or self.constraints.runnable:
+            return (fixed or 1,) if count % (fixed or 1) == 0 else ()
+        return tuple(degree for degree in _divisors(self._experts) if count % degree == 0)
+
+    @cached_property
+    def _experts(self) -> int:
+        counts = {layer.experts.count for layer in self.workload.graph.layers if layer.experts is not None}
+        return math.gcd(*counts) if counts else 1
+
+    def sequence_parallel(self, tensor: int) -> bool:
+        """Whether activations outside of the blocks are divided by tokens: it costs no more, and frees memory."""
+        fixed = self.constraints.sequence_parallel
+        if fixed is not None or self.constraints.runnable or tensor == 1:
+            return bool(fixed) and tensor > 1
+        return self.workload.graph.tokens_per_sample % tensor == 0 and self.workload.graph.tokens_per_sample > 0
 
     def _obstacle(self, mesh: Mesh) -> str:
         if mesh.tensor > 1 and not self.split(mesh.tensor).blocks:
@@ -154,7 +210,7 @@ class Space:
         batch = self.workload.global_batch
         if batch % mesh.data:
             return f"data {mesh.data} does not divide the global batch of {batch}"
-        if self.constraints.zero_stage and mesh.data == 1:
+        if self.constraints.zero_stage and mesh.replicas == 1:
             return f"ZeRO-{self.constraints.zero_stage} needs more than one replica"
         if not self.groups(mesh):
             fixed = self.constraints
@@ -220,6 +276,8 @@ class Space:
                 continue
             if constraints.schedule in (None, "1f1b"):
                 yield Group("1f1b", 1, micro_batch, count)
+            if constraints.schedule == "zero_bubble" or (constraints.schedule is None and not constraints.runnable):
+                yield Group("zero_bubble", 1, micro_batch, count)
             if constraints.schedule in (None, "interleaved") and count % pipeline == 0:
                 for virtual in _VIRTUAL_STAGES:
                     if pipeline * virtual <= self.layers:
@@ -235,12 +293,18 @@ class Space:
             divisors = tuple(size for size in divisors if size & (size - 1) == 0 or size == samples)
         return divisors
 
-    def zero_stages(self, mesh: Mesh) -> tuple[Literal[0, 1, 2, 3], ...]:
-        """ZeRO stages that make sense on a mesh."""
+    def states(self, mesh: Mesh) -> tuple[States, ...]:
+        """ZeRO stages that make sense on a mesh, and where the states may rest."""
         fixed = self.constraints.zero_stage
+        stages: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3) if mesh.replicas > 1 else (0,)
         if fixed is not None:
-            return (fixed,)
-        return (0, 1, 2, 3) if mesh.data > 1 else (0,)
+            stages = (fixed,)
+        found = [States(stage) for stage in stages]
+        if self.constraints.offload != "none":
+            found += [States(stage, optimizer_on="host") for stage in stages]
+        if self.constraints.offload == "any":
+            found += [States(stage, "host", "host") for stage in stages]
+        return tuple(found)
 
 
 def _noun(graph: Graph, position: int) -> str:

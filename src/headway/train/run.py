@@ -23,9 +23,11 @@ from headway.plan.plan import Plan
 from headway.predict.prediction import Prediction
 from headway.predict.profile import Profile
 from headway.predict.step import Predictor, check_fit
-from headway.search.find import Constraints, Goal, Ranking, find
+from headway.search.find import Constraints, Goal, Ranking
+from headway.search.methods import find_by
 from headway.train.launch import launch
 from headway.train.source import find_workload
+from headway.train.support import check_supported
 from headway.value import Value, read_text
 from headway.workload.graph import Workload
 
@@ -111,14 +113,19 @@ def plan_workload(
     constraints: Constraints | None = None,
     devices: int | None = None,
     keep: int = 5,
+    method: str = "exact",
+    budget_seconds: float | None = None,
+    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Ranking, Profile | None]:
     """Search plans for a workload; on a probed machine with the workload's operators measured first.
 
+    `method`, `budget_seconds`, `seed`: as for `search.methods.find_by`.
     The search may leave devices idle where that is faster; with `devices` given it uses exactly so many.
     """
     profile = measure_operators(workload, cluster)
-    ranking = find(
+    ranking = find_by(
+        method,
         workload,
         cluster,
         goal=goal,
@@ -126,6 +133,8 @@ def plan_workload(
         constraints=constraints or Constraints(),
         profile=profile,
         keep=keep,
+        budget_seconds=budget_seconds,
+        seed=seed,
         progress=progress,
     )
     return ranking, profile
@@ -205,7 +214,9 @@ def run(
     # What cannot work is refused before anything slow begins, and before a folder is made.
     if not Path(script).is_file():
         raise FileError("no such script", place=script, remedy="give the path of a Python script")
-    plan = Plan.load(plan_path).validate(place=plan_path) if plan_path is not None else None
+    plan = None
+    if plan_path is not None:
+        plan = check_supported(Plan.load(plan_path).validate(place=str(plan_path)), place=str(plan_path))
     directory.mkdir(parents=True, exist_ok=True)
     record = RunRecord(
         script=script, arguments=tuple(arguments), engine=engine, cluster=cluster, started=_now(),

@@ -41,6 +41,7 @@ from headway.train import checkpoint, measure
 from headway.train.data import StepSampler, batch_size_of, share_of, slice_batch, split_batch
 from headway.train.events import emit
 from headway.train.parallel import Loss, Parallel, parallelise
+from headway.train.support import check_supported
 from headway.value import write_atomically
 from headway.workload.graph import Graph, OptimizerKind, Workload
 
@@ -580,7 +581,7 @@ def _read_plan(world_size: int) -> tuple[Plan | None, Workload | None]:
     path, workload_path = _path("HEADWAY_PLAN"), _path("HEADWAY_WORKLOAD")
     if path is None:
         return None, None
-    plan = Plan.load(path).validate(place=str(path))
+    plan = check_supported(Plan.load(path).validate(place=str(path)), place=str(path))
     if plan.world_size != world_size:
         raise PlanError(
             f"the plan is for {plan.world_size} ranks, and {world_size} were started",

@@ -7,17 +7,20 @@ sizes and solves for both, so that one traced graph answers for any micro-batch.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from headway.value import Value
 
 __all__ = [
     "Affine",
+    "Attention",
+    "Experts",
     "Graph",
     "Layer",
     "Operator",
     "OptimizerKind",
     "Parameter",
+    "Recipe",
     "TensorBlock",
     "TensorKind",
     "Unit",
@@ -144,6 +147,34 @@ class Unit(Value):
     depends_on_parameters: bool = True
 
 
+class Attention(Value):
+    """The attention core of a layer, as far as plans need to know it; bytes and FLOP grow with the samples.
+
+    `core_saved`: what selective recomputation does not keep (scores and their softmax; nothing under FlashAttention,
+    where it is part of no saved tensor). `core_flop`: forward FLOP of scores and of their product with the values, the
+    work that selective recomputation repeats. `keys_values`: bytes of keys and values in the layer's dtype: what ring
+    attention passes round a context group, once forward and twice backward.
+    """
+
+    core_saved: Affine = Affine()
+    core_flop: Affine = Affine()
+    keys_values: Affine = Affine()
+
+
+class Experts(Value):
+    """The experts of a layer: a mixture in which a router sends each token to `chosen` of `count` experts.
+
+    `parameters`: names of the tensors that hold the experts' weights; expert parallelism divides them. `dispatched`:
+    bytes of the tokens that are sent to experts, `chosen` copies of each, in one direction: each of the two all-to-all
+    of a forward pass, and each of the two of a backward pass, moves them.
+    """
+
+    count: int
+    chosen: int
+    parameters: tuple[str, ...] = ()
+    dispatched: Affine = Affine()
+
+
 class Layer(Value):
     """Consecutive operators between two places where a pipeline can be cut: exactly one tensor crosses each cut.
 
@@ -153,6 +184,7 @@ class Layer(Value):
     parameters and the layer's own input excluded; `input` is the crossing tensor (None for the first layer).
     `peak_extra` is the most memory that temporaries of this layer take at once above what it saves, in bytes.
     `signature` is equal for layers that compute the same thing at the same shapes (the blocks of a transformer).
+    `attention` and `experts` say what is known of those parts; None where there is none, or it was not recognised.
     """
 
     name: str
@@ -170,6 +202,8 @@ class Layer(Value):
     forward_peak_extra: Affine = Affine()
     backward_peak_extra: Affine = Affine()
     signature: str = ""
+    attention: Attention | None = None
+    experts: Experts | None = None
 
 
 class TensorBlock(Value):
@@ -266,6 +300,23 @@ class OptimizerKind(Value):
     temporary_bytes_per_element: float = 4.0
 
 
+class Recipe(Value):
+    """What the program that trains does with numbers and kernels, where that changes time or memory.
+
+    The default is Headway's own runtime: autocast over float32 parameters, PyTorch's kernels. Others are needed to
+    predict what was trained by other frameworks, and what a plan exported to them will do.
+    `parameter_bytes`, `gradient_bytes`: of one element as kept on the device between micro-batches; `master_bytes`: of
+    the higher-precision copy of one parameter element that the optimizer keeps beside its states (0: none).
+    """
+
+    framework: Literal["headway", "megatron", "megatron-deepspeed", "fsdp", "torchtitan"] = "headway"
+    parameter_bytes: float = 4.0
+    gradient_bytes: float = 4.0
+    master_bytes: float = 0.0
+    attention: Literal["flash", "unfused"] = "flash"
+    compiled: bool = False  # fused elementwise operators (torch.compile, or a framework's own fused kernels)
+
+
 class Workload(Value):
     """A training job as planned: the traced model, its optimizer and how many samples make a step."""
 
@@ -273,3 +324,4 @@ class Workload(Value):
     optimizer: OptimizerKind = OptimizerKind()
     global_batch: int = 1
     precision: str = "float32"  # "float32", or "bfloat16": autocast, with parameters and optimizer in float32
+    recipe: Recipe = Recipe()

@@ -1,0 +1,219 @@
+"""How well are times predicted that were left out of a profile? Sizes, a whole mesh, a dtype, a device.
+
+    python bench/learned.py                     about a minute; results in bench/results/learned.json
+    python bench/learned.py --data FOLDER       where alpa_prof_database.csv and vtrain_allreduce_lut.csv are
+
+Each split takes some measurements away, gives the rest to each way of timing, and asks for what was taken. Nothing is
+drawn at random. Errors are relative to the measured time; `coverage` counts how many measured times lie within the
+bounds, which are meant to hold nine times out of ten. "Small": below 64 KiB.
+"""
+
+import argparse
+import datetime
+import itertools
+import json
+import platform
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from headway.errors import InputError
+from headway.hardware.catalog import preset
+from headway.predict.alpa import read_measurements
+from headway.predict.database import Measurement
+from headway.predict.learned import Learned, topology
+from headway.predict.timing import Catalogued, Interpolated, Linear, Timing, for_cluster
+from headway.value import write_atomically
+
+HERE = Path(__file__).parent
+DATA = HERE.parent.parent / "shared" / "data" / "planning"
+SMALL_BYTES = 64 * 1024
+
+Taken = Callable[[int, int, Measurement], bool]  # place among its key's sizes, how many there are, the measurement
+
+SIZES: list[tuple[str, Taken]] = [
+    ("every 4th size of each key", lambda at, count, row: at % 4 == 2),
+    ("every 3rd size of each key", lambda at, count, row: at % 3 == 1),
+    ("every 2nd size of each key", lambda at, count, row: at % 2 == 1),
+    ("every 4th size, of all keys and dtypes", lambda at, count, row: round(np.log2(row.size)) % 4 == 2),
+    ("the 2 largest sizes", lambda at, count, row: at >= count - 2),
+    ("the 4 largest sizes", lambda at, count, row: at >= count - 4),
+]
+MESHES: list[tuple[str, Taken]] = [
+    ("mesh 4x8 from smaller ones", lambda at, count, row: row.nodes == 4),
+    ("mesh 2x8 from all others", lambda at, count, row: row.nodes == 2),
+    ("float16 from float32", lambda at, count, row: row.dtype == "float16"),
+    ("float32 from float16", lambda at, count, row: row.dtype == "float32"),
+]
+
+
+def ask(way: Timing, row: Measurement):
+    if row.unit == "flop":
+        return way.operator(row.operation, row.dtype, flop=row.size)
+    return way.collective(
+        row.operation,
+        row.size,
+        mesh=(row.nodes, row.devices_per_node),
+        group_size=row.group_size,
+        groups=row.groups,
+        stride=row.stride,
+        dtype=row.dtype,
+    )
+
+
+def judged(method: str, split: str, way: Timing, rows: Sequence[Measurement], fit_seconds: float) -> dict | None:
+    """One line of the table; None if this way of timing cannot answer for these rows."""
+    errors, inside, small = [], [], []
+    for row in rows:
+        try:
+            estimate = ask(way, row)
+        except InputError:
+            return None
+        errors.append(abs(estimate.seconds / row.seconds - 1))
+        inside.append(estimate.low_seconds <= row.seconds <= estimate.high_seconds)
+        small.append(row.unit == "bytes" and row.size < SMALL_BYTES)
+    found, few = np.array(errors), np.array(errors)[np.array(small)]
+    return {
+        "split": split,
+        "method": method,
+        "rows": len(rows),
+        "mean": float(found.mean()),
+        "median": float(np.median(found)),
+        "worst": float(found.max()),
+        "above_15_percent": float(np.mean(found > 0.15)),
+        "mean_small": float(few.mean()) if len(few) else None,
+        "worst_small": float(few.max()) if len(few) else None,
+        "coverage": float(np.mean(inside)),
+        "fit_seconds": fit_seconds,
+    }
+
+
+def divided(rows: Sequence[Measurement], taken: Taken) -> tuple[list[Measurement], list[Measurement]]:
+    keys = defaultdict(list)
+    for row in rows:
+        keys[row.group if row.unit == "bytes" else (row.operation, row.dtype)].append(row)
+    kept, left = [], []
+    for found in keys.values():
+        found.sort(key=lambda row: row.size)
+        for at, row in enumerate(found):
+            (left if taken(at, len(found), row) else kept).append(row)
+    return kept, left
+
+
+def compared(split: str, kept: list[Measurement], left: list[Measurement]) -> list[dict]:
+    ways = {"linear": Linear, "interpolated": Interpolated, "learned": Learned}
+    lines = []
+    for name, way in ways.items():
+        start = time.process_time()
+        fitted = way(kept)
+        lines.append(judged(name, split, fitted, left, time.process_time() - start))
+    return [line for line in lines if line is not None]
+
+
+def repeated(rows: Sequence[Measurement]) -> dict:
+    """How far two measurements of the same thing differ: one topology, dtype and size, on different meshes."""
+    times = defaultdict(list)
+    for row in rows:
+        times[topology(row.group), row.dtype, row.size].append(row.seconds)
+    differences = np.array([abs(b / a - 1) for found in times.values() for a, b in itertools.permutations(found, 2)])
+    return {
+        "pairs": len(differences),
+        "mean": float(differences.mean()),
+        "median": float(np.median(differences)),
+        "worst": float(differences.max()),
+        "above_15_percent": float(np.mean(differences > 0.15)),
+    }
+
+
+def other_devices(rows: list[Measurement]) -> list[dict]:
+    """All-reduces within one node, of one device from the other's, scaled."""
+    machines = {"A100-SXM-80GB": preset("dgx-a100"), "V100-SXM2-16GB": preset("dgx-1v")}
+    lines = []
+    for source, target in itertools.permutations(machines):
+        kept = [row for row in rows if row.device == source]
+        left = [row for row in rows if row.device == target][::7]
+        split = f"{target} from {source}"
+        for name, way in (("interpolated", Interpolated(kept)), ("learned", Learned(kept[::16], bounds=False))):
+            scaled = for_cluster(way, machines[target], scale=True, origin=machines[source])
+            lines.append(judged(f"{name}, scaled", split, scaled, left, 0.0))
+        lines.append(judged("catalogue", split, Catalogued(machines[target]), left, 0.0))
+    return [line for line in lines if line is not None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "learned.json")
+    arguments = parser.parse_args()
+    console = Console(width=150 if not sys.stdout.isatty() else None, highlight=False)
+    alpa = [
+        row
+        for row in read_measurements(arguments.data / "alpa_prof_database.csv", device="V100-SXM2-16GB")
+        if row.seconds is not None and row.size > 0
+    ]
+    collectives = [row for row in alpa if row.unit == "bytes"]
+    products = [row for row in alpa if row.unit == "flop"]
+    lines = []
+    for split, taken in (*SIZES, *MESHES):
+        kept, left = divided(collectives, taken)
+        lines += compared(split, kept, left)
+        if split.startswith("mesh 4x8"):
+            # Most groups of a large mesh exist on smaller ones too. These do not.
+            new = [row for row in left if row.group.spans > 2]
+            lines += compared("mesh 4x8, groups over 4 nodes only", kept, new)
+    for split, taken in (SIZES[0], SIZES[4], *MESHES[2:]):
+        kept, left = divided(products, taken)
+        lines += compared(f"products: {split}", kept, left)
+    lines += other_devices(read_measurements(arguments.data / "vtrain_allreduce_lut.csv"))
+    table = Table(box=SIMPLE_HEAD, title="Relative error of what was left out", title_justify="left")
+    for column in (
+        "left out",
+        "method",
+        "rows",
+        "mean",
+        "median",
+        "worst",
+        "> 15 %",
+        "small: mean",
+        "worst",
+        "coverage",
+    ):
+        table.add_column(column, justify="left" if column in ("left out", "method") else "right")
+    for line in lines:
+        shares = ("mean", "median", "worst", "above_15_percent", "mean_small", "worst_small", "coverage")
+        cells = ["" if line[name] is None else f"{line[name]:.1%}" for name in shares]
+        table.add_row(line["split"], line["method"], str(line["rows"]), *cells)
+    console.print(table)
+    noise = repeated(collectives)
+    console.print(
+        f"The same collective, size and dtype on different meshes of the same profile: {noise['pairs']} pairs, "
+        f"mean difference {noise['mean']:.1%}, median {noise['median']:.1%}, worst {noise['worst']:.0%}, "
+        f"{noise['above_15_percent']:.1%} above 15 %"
+    )
+    record = {
+        "command": "python bench/learned.py",
+        "date": datetime.date.today().isoformat(),
+        "hardware": {"processor": _processor(), "python": platform.python_version(), "numpy": np.__version__},
+        "seed": 0,
+        "lines": lines,
+        "repeated_measurements": noise,
+    }
+    write_atomically(arguments.output, json.dumps(record, indent=1) + "\n")
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+if __name__ == "__main__":
+    main()

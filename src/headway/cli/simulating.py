@@ -1,0 +1,131 @@
+"""Verbs that play a decision on a model of the machines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from headway.cli.application import group, print_json, verb
+from headway.cli.options import JSON, SCRIPT, Batch, ClusterOption, Operation, PlanFile, Sequence, Target
+
+__all__: list[str] = []
+
+simulations = group("simulate", "Play a decision on a model of the machines: what if?")
+
+
+@simulations.command("collective")
+@verb
+def simulate_collective(
+    cluster: Annotated[str, typer.Option("--cluster", "-c", help="A preset (`dgx-1v`), `local`, or a YAML file.")],
+    devices: Annotated[
+        str | None, typer.Option("--devices", "-n", help="Which devices, by position or name: `0,1,4`; all by default.")
+    ] = None,
+    op: Annotated[Operation, typer.Option("--op", help="The collective.")] = Operation.all_reduce,
+    size: Annotated[str, typer.Option("--size", help="Bytes of the vector: `100MB`, `1GiB`.")] = "100MB",
+    root: Annotated[int, typer.Option("--root", min=0, help="The rank that has, or gets, everything.")] = 0,
+    algorithm: Annotated[
+        str | None, typer.Option("--algorithm", "-a", help="Only these, by name: `ring,packed`; all by default.")
+    ] = None,
+    pieces: Annotated[
+        int | None, typer.Option("--pieces", min=1, help="Cut each chunk into so many; the fastest by default.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for pictures, timelines and programs.")
+    ] = None,
+    json: JSON = False,
+) -> None:
+    """Compare algorithms for a collective: time, bandwidth, share of the optimum; draw the load of every link.
+
+    Example: `headway simulate collective --cluster dgx-1v --devices 0,1,4 --op all_reduce --size 100MB`
+    """
+    from headway.report.collectives import write_collective
+    from headway.report.terminal import Terminal, algorithms_table
+    from headway.simulate.compare import compare
+    from headway.train.run import find_cluster
+    from headway.units import parse_bytes
+
+    terminal = Terminal()
+    machines = find_cluster(cluster, None, progress=terminal.stage)
+    compared = compare(
+        machines,
+        op.value,
+        parse_bytes(size),
+        devices=machines.select(devices) if devices is not None else None,
+        root=root,
+        names=[name.strip() for name in algorithm.split(",")] if algorithm else None,
+        pieces=pieces,
+        progress=terminal.stage,
+    )
+    name = f"{op.value}-{machines.name}-{len(compared.comparison.devices)}"
+    folder = output or Path("runs") / name.replace("/", "-").replace(":", "x")
+    files = write_collective(folder, compared)
+    if json:
+        print_json({**msgspec.to_builtins(compared.comparison), "files": [str(file) for file in files]})
+    else:
+        terminal.show(algorithms_table(compared.comparison))
+        for file in files:
+            terminal.out.print(str(file), soft_wrap=True)
+
+
+@simulations.command("step", context_settings=SCRIPT)
+@verb
+def simulate_step(
+    context: typer.Context,
+    target: Target,
+    plan: PlanFile,
+    cluster: ClusterOption = "local",
+    batch: Batch = None,
+    sequence: Sequence = None,
+    straggler: Annotated[
+        list[str] | None, typer.Option("--straggler", help="A rank that is slower: `5=2.0`. May be repeated.")
+    ] = None,
+    jitter: Annotated[float, typer.Option("--jitter", min=0.0, help="Spread of every duration: `0.05`.")] = 0.0,
+    fault: Annotated[
+        list[str] | None, typer.Option("--fault", help="What breaks, and when: `lost=DEVICE@1.5s`. May be repeated.")
+    ] = None,
+    faults: Annotated[Path | None, typer.Option("--faults", help="Faults from a JSON or YAML file.")] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Play so many steps.")] = 1,
+    checkpoint_steps: Annotated[int, typer.Option("--checkpoint-steps", min=1, help="Steps between checkpoints.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the jitter.")] = 0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for pictures and timeline.")] = None,
+    json: JSON = False,
+) -> None:
+    """Play one training step event by event: stragglers, jitter, faults; predicted beside simulated.
+
+    Example: `headway simulate step gpt2 --plan plan.json --cluster dgx-a100 --straggler 3=1.5`
+    """
+    from headway.cli.planning import traced
+    from headway.plan.plan import Plan
+    from headway.predict.step import Predictor
+    from headway.report.step import compared, play, step_table, write_step
+    from headway.train.run import find_cluster, measure_operators
+
+    chosen = Plan.load(plan).validate(place=str(plan))
+    terminal, workload = traced(target, context.args, batch or chosen.global_batch, sequence, chosen.precision)
+    machines = find_cluster(
+        cluster, chosen.world_size if cluster == "local" else None, progress=terminal.stage, exchange=chosen.exchange
+    )
+    chosen.validate(workload.graph, machines, place=str(plan))
+    profile = measure_operators(
+        workload, machines, micro_batches=[chosen.micro_batch], degrees=sorted({1, chosen.tensor})
+    )
+    terminal.stage(f"Playing {steps} step{'s' if steps > 1 else ''} on {chosen.world_size} devices (seed {seed})")
+    predictor = Predictor(workload, machines, profile)
+    prediction, simulation = play(
+        predictor, chosen, stragglers=straggler or (), jitter=jitter, faults=fault or (), faults_file=faults,
+        steps=steps, checkpoint_steps=checkpoint_steps, seed=seed,
+    )  # fmt: skip
+    folder = output or Path("runs") / f"step-{machines.name}-{chosen.world_size}".replace("/", "-").replace(":", "x")
+    capacity = min(kind.memory_bytes for kind in machines.accelerators.values())
+    files = write_step(folder, prediction, simulation, capacity)
+    if json:
+        rows = [row._asdict() for row in compared(prediction, simulation)]
+        answer = {"seed": seed, "parts": rows, "restarts": simulation.restarts, "seconds": simulation.seconds}
+        print_json({**answer, "bubble_share": simulation.bubble_share, "files": [str(file) for file in files]})
+    else:
+        terminal.show(step_table(prediction, simulation))
+        for file in files:
+            terminal.out.print(str(file), soft_wrap=True)

@@ -1,0 +1,176 @@
+"""What each pipeline rank does once in a step: reduce gradients over its replicas, update, share what it updated."""
+
+from __future__ import annotations
+
+import math
+
+from headway.hardware.cluster import Accelerator
+from headway.plan.plan import Plan, Stage
+from headway.predict import communication as comm
+from headway.predict.communication import Channel
+from headway.predict.operators import Shards
+from headway.predict.parts import RankParts
+from headway.predict.stage import Channels, StageTimes, repeated
+
+__all__ = ["ReplicaTimes"]
+
+
+class ReplicaTimes:
+    """Times of gradient reduction and update of one workload on one cluster, memoised."""
+
+    def __init__(self, stages: StageTimes) -> None:
+        self.stages = stages
+        self.sizes = stages.sizes
+        self.workload = stages.workload
+        self._buckets: dict[tuple, tuple[float, float]] = {}
+
+    def forget(self) -> None:
+        """Drop every time: the constants have changed."""
+        self._buckets.clear()
+
+    def parts(
+        self, plan: Plan, rank: int, kinds: tuple[Accelerator, ...], channels: Channels, along: tuple[Channel, ...]
+    ) -> RankParts:
+        """What pipeline rank `rank` does besides its micro-batches; `along`: channels between pipeline ranks."""
+        stages = self.stages
+        shards = stages.shards_of(plan, rank)
+        held = [plan.stages[position] for position in plan.stages_of(rank)]
+        sizes = [self.sizes.parameters(stage.start, stage.stop, shards, plan.expert) for stage in held]
+        elements = float(sum(size.trainable_elements for size in sizes))
+        experts = float(sum(size.expert_elements for size in sizes))
+        gradient_bytes = sum(stages.gradient_bytes(size) for size in sizes)
+        tensors = sum(size.tensors for size in sizes)
+        crowded = len(plan.devices) > 1
+        channel = channels.replicas
+        replicas = channel.size
+        exposed = exchanged = after = 0.0
+        if replicas > 1 and plan.zero_stage < 2:
+            of_experts = gradient_bytes * experts / elements if plan.expert > 1 and elements else 0.0
+            exposed, exchanged = self._reduce_seconds(
+                plan, rank, held, gradient_bytes - of_experts, shards, kinds, channel
+            )
+            if of_experts:
+                # Experts are held by fewer replicas; they are reduced behind the others.
+                seconds = comm.all_reduce_seconds(of_experts, channels.expert_replicas)
+                exposed, exchanged = exposed + seconds, exchanged + seconds
+        if replicas > 1 and plan.zero_stage == 1:
+            if self.workload.recipe.framework == "headway":
+                fullest = [0.0, 0.0]
+                for stage in held:
+                    part = max(self.sizes.zero1(stage.start, stage.stop, shards, replicas))
+                    fullest = [fullest[0] + part[0], fullest[1] + part[1]]
+                # Every rank sends what it has updated to the others, in one piece.
+                after = repeated(comm.broadcast_seconds, gradient_bytes, replicas, channel)
+                elements, tensors = fullest[0], int(fullest[1])
+            else:
+                gathered = sum(stages.gathered_bytes(plan, size) for size in sizes)
+                after = comm.all_gather_seconds(gathered, channel)
+                elements = (elements - experts) / replicas + experts / channels.expert_replicas.size
+        elif replicas > 1 and plan.zero_stage >= 2:
+            elements = float(
+                sum(self.sizes.sharded(stage.start, stage.stop, shards, replicas)[0] for stage in held)
+            )  # fmt: skip
+        tied = self._tied_seconds(plan, rank, shards, along)
+        update = self._update_seconds(plan, elements, gradient_bytes, tensors, kinds, crowded)
+        return RankParts(exposed + tied, exchanged, update, after, tied)
+
+    def _update_seconds(
+        self, plan: Plan, elements: float, gradient_bytes: float, tensors: int, kinds: tuple[Accelerator, ...],
+        crowded: bool,
+    ) -> float:  # fmt: skip
+        recipe, optimizer = self.workload.recipe, self.workload.optimizer
+        traffic = optimizer.traffic_bytes_per_element
+        latencies = [self.stages.latency(kind, crowded) for kind in kinds]
+        besides = 0.0
+        if recipe.framework != "headway":
+            # The gradients' norm is taken, they are scaled by it, and set to zero for the next step.
+            besides = max(latency.streaming_seconds(4 * gradient_bytes) for latency in latencies)
+        if plan.optimizer_on == "device" or not elements:
+            return besides + max(latency.update_seconds(elements, tensors, traffic) for latency in latencies)
+        device = plan.devices[0]
+        element = gradient_bytes / max(elements, 1.0) if plan.zero_stage == 0 else recipe.gradient_bytes
+        # Gradients go to the host and parameters come back while the host updates what has arrived.
+        copies = elements * (element + recipe.parameter_bytes) / self.stages.tier_rate("host", device)
+        host = elements * traffic / self.stages.host_rate(device)
+        disk = 0.0
+        if plan.optimizer_on == "disk":
+            states = optimizer.state_bytes_per_element + recipe.master_bytes
+            disk = 2 * elements * states / self.stages.tier_rate("disk", device)
+        return besides + max(copies, host, disk)
+
+    def _reduce_seconds(
+        self, plan: Plan, rank: int, held: list[Stage], gradient_bytes: float, shards: Shards,
+        kinds: tuple[Accelerator, ...], channel: Channel,
+    ) -> tuple[float, float]:  # fmt: skip
+        """(exposed, all) seconds of reducing gradients in buckets while the last micro-batch goes backward.
+
+        A bucket can leave when the layer that completes it has gone backward, and when the bucket before it is
+        through (Li et al., PyTorch Distributed, VLDB 2020, section 3.2).
+        """
+        stages = self.stages
+        overlaps = stages.overlaps(plan, kinds)
+        samples = plan.samples_of(rank) / plan.context
+        crowded = len(plan.devices) > 1
+        key = (tuple(held), gradient_bytes, shards, tuple(kind.name for kind in kinds), channel, plan.bucket_bytes,
+               overlaps, plan.overlap, plan.zero_stage, samples, plan.precision, crowded)  # fmt: skip
+        found = self._buckets.get(key)
+        if found is not None:
+            return found
+        reduce = comm.all_reduce_seconds
+        if plan.zero_stage == 1 and self.workload.recipe.framework != "headway":
+            reduce = comm.reduce_scatter_seconds  # each rank needs the sums of what it updates alone
+        # Without overlap the runtime makes one bucket of everything.
+        limit = float(plan.bucket_bytes) if plan.overlap else max(gradient_bytes, 1.0)
+        whole = repeated(reduce, gradient_bytes, math.ceil(gradient_bytes / limit), channel)
+        if not overlaps:
+            found = self._buckets[key] = (whole, whole)
+            return found
+        # A bucket waits for the slowest kind of device.
+        times = max(
+            (stages.layer_times(kind, crowded, samples, shards, plan.precision) for kind in kinds),
+            key=lambda times: times.backward[-1],
+        )
+        total = sum(self.sizes.parameters(stage.start, stage.stop, shards).trainable_elements for stage in held)
+        byte_share = gradient_bytes / max(total, 1)
+        bucket = reduce(limit, channel)
+        now = sent = filled = 0.0
+        for stage in reversed(held):
+            again, attention = set(stage.recompute), set(stage.recompute_attention)
+            for at in range(stage.stop - 1, stage.start - 1, -1):
+                now += times.backward[at + 1] - times.backward[at]
+                if at in again:
+                    now += times.forward[at + 1] - times.forward[at]
+                if at in attention:
+                    now += times.attention[at + 1] - times.attention[at]
+                filled += self.sizes.parameters(at, at + 1, shards).trainable_elements * byte_share
+                if filled >= limit:
+                    # One after the other: only the first of them may have to wait for the layer.
+                    full = int(filled // limit)
+                    sent = max(sent, now) + full * bucket
+                    filled -= full * limit
+        if filled > 0:
+            sent = max(sent, now) + reduce(filled, channel)
+        exposed = max(0.0, sent - now)
+        exposed += stages.slowdown(kinds[0]) * max(0.0, whole - exposed)
+        found = self._buckets[key] = (exposed, whole)
+        return found
+
+    def _tied_seconds(self, plan: Plan, rank: int, shards: Shards, along: tuple[Channel, ...]) -> float:
+        """Summing the gradients of a parameter that several pipeline ranks hold (tied embeddings)."""
+        if plan.pipeline == 1:
+            return 0.0
+        total = 0.0
+        recipe = self.workload.recipe
+        for parameter, layers in self.sizes.shared:
+            holders = {
+                position % plan.pipeline
+                for position, stage in enumerate(plan.stages)
+                if any(stage.start <= layer < stage.stop for layer in layers)
+            }
+            if len(holders) > 1 and rank in holders:
+                channel = along[rank]._replace(size=len(holders))
+                size = self.sizes.local_bytes(parameter, shards)
+                if recipe.framework != "headway":
+                    size *= recipe.gradient_bytes / 4
+                total += comm.all_reduce_seconds(size, channel)
+        return total

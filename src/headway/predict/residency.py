@@ -1,0 +1,517 @@
+"""What rests on each rank, and when: the memory of a plan, put together from the sizes of its stages.
+
+How many bytes a parameter takes follows the workload's `Recipe`; who divides them, and which buffers stand beside them,
+follows the framework that trains:
+
+- "headway": as `train/` does it. ZeRO 1 hands out whole tensors, ZeRO 2 and 3 are torch's `fully_shard`.
+- "fsdp", "torchtitan": `fully_shard` with parameters gathered in 16 bits. What no layer of its own holds (embedding,
+  projection) belongs to the root, which stays gathered, its gradients too until backward is through.
+- "megatron": gradients in one buffer; ZeRO 1 is the distributed optimizer.
+- "megatron-deepspeed": ZeRO over one flat tensor of all parameters, with DeepSpeed's buckets and the float32 copy of
+  its share of the gradients that the update makes.
+
+States are divided over the data x context ranks, experts' over what the expert group leaves of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from headway.hardware.cluster import Cluster
+from headway.plan.plan import Plan, Stage
+from headway.predict.memory import ActivationBytes, Keeping, Sizes
+from headway.predict.operators import WHOLE, Shards
+from headway.predict.pipeline import in_flight
+from headway.predict.prediction import Memory
+from headway.timeline import Timeline
+from headway.units import format_bytes
+from headway.workload.graph import Workload
+
+if TYPE_CHECKING:
+    from headway.predict.step import Predictor
+
+__all__ = ["Residency", "explain", "memory_over_time"]
+
+# What a CUDA context with the kernels of PyTorch takes, which no allocator counts, by generation: 1271 MiB on V100 and
+# 1573 MiB on A100 with CUDA 11 (BigScience, bigscience/train/tr11-176B-ml/chronicles-prequel.md), about 0.5 GiB since
+# CUDA 11.7 loads kernels when they are first used.
+_CONTEXT_BYTES = {"P100": 1.2e9, "V100": 1.33e9, "A100": 1.65e9} | dict.fromkeys(
+    ("T4", "A10", "A30", "L4", "L40S", "H100", "H200", "B200", "GB200", "GB300", "MI250X", "MI300X"), 0.55e9
+)
+# NCCL's buffers for each communicator: 4 MiB (NCCL_BUFFSIZE) and two smaller ones for each channel and connection, some
+# tens of channels. Fitted, together with the next figure, on the rows that `published.is_fitted` names.
+_COMMUNICATOR_BYTES = 0.4e9
+# Bytes for each logit while the loss is at work. PyTorch's cross entropy on a float32 copy of 16-bit logits (2) holds,
+# in backward, the logarithmic softmax and two gradients (4 + 4 + 4); the copy's block is taken again by one of these.
+# torchtitan compiles its layers and not its loss (train.py). A fused loss of 16-bit logits (flash-attn's) holds them
+# and their gradient. Others: what the graph says.
+_LOGIT_BYTES = {("torchtitan", False): 14.0, ("torchtitan", True): 14.0, ("fsdp", False): 14.0, ("fsdp", True): 4.0}
+# Transformer Engine keeps for backward what it has cast a matrix product's input to: one byte, or 4 bits and a scale of
+# one byte for each 16. torchao (torchtitan) keeps the 16-bit input.
+_INPUT_BYTES = {"float8": 1.0, "float4": 0.5625}
+# Share of what is allocated at the peak that torch's caching allocator holds on top: blocks are rounded to 2 MiB, and
+# what one phase frees in small pieces the next cannot use for large ones.
+_FRAGMENTATION = 0.04
+# DeepSpeed's defaults, in elements: reduce_bucket_size, and of ZeRO 3 max_live_parameters and sub_group_size.
+_DEEPSPEED_BUCKET_ELEMENTS = 5e8
+_DEEPSPEED_LIVE_ELEMENTS = 1e9
+_DEEPSPEED_GROUP_ELEMENTS = 1e9
+
+
+class _Held(NamedTuple):
+    """Parameters of one rank's stages before data parallelism divides them: elements, and bytes.
+
+    `computed`: as they are computed with. `largest`: so, of the layer that has most. `largest_tensor`: elements.
+    """
+
+    elements: float
+    trainable: float
+    experts: float
+    largest_tensor: float
+    parameters: float
+    gradients: float
+    computed: float
+    largest: float
+
+
+class _States(NamedTuple):
+    """Bytes of states on one rank, and of what moves them.
+
+    `update`: temporaries of the update, when activations are gone. `working`: gradients on their way while a layer goes
+    backward. `largest`: parameters of the layer that has most, as they are computed with.
+    """
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    communication: float
+    update: float
+    working: float = 0.0
+    largest: float = 0.0
+
+
+class Residency:
+    """Memory of plans of one workload on one cluster; what plans share is computed once."""
+
+    def __init__(self, workload: Workload, cluster: Cluster, sizes: Sizes) -> None:
+        self.workload = workload
+        self.sizes = sizes
+        self._kind_of = {device.name: device.accelerator for device in cluster.devices}
+        self._is_cpu = {kind.name: kind.torch_device == "cpu" for kind in cluster.accelerators.values()}
+        self._shards: dict[tuple[int, frozenset[str]], Shards] = {}
+        # By the identity of a plan's `tensor_sharding`, which plans of one search share and nobody changes.
+        self._shards_by_identity: dict[tuple[int, int], tuple[dict, Shards]] = {}
+        self._updated: dict[tuple, tuple[int, ...]] = {}
+        self._ranks: dict[tuple, Memory] = {}
+
+    def memory(self, plan: Plan) -> tuple[Memory, ...]:
+        """Peak memory of each rank under `plan`; ranks that are alike share one value."""
+        found: list[Memory] = []
+        for rank in range(plan.pipeline):
+            data, tensor = plan.degrees(rank)
+            if plan.zero_stage == 1 and data * plan.context > 1 and self.workload.recipe.framework == "headway":
+                # Whole tensors are handed out: ranks differ.
+                updated = self._updated_by(plan, rank, data * plan.context, tensor)
+                made = {elements: self._rank(plan, rank, elements) for elements in set(updated)}
+                for elements in updated:
+                    found.extend((made[elements],) * tensor)
+            else:
+                found.extend((self._rank(plan, rank),) * plan.width(rank))
+        return tuple(found)
+
+    def peaks(self, plan: Plan) -> tuple[Memory, ...]:
+        """Memory of the fullest rank of each pipeline rank: what a search asks, however many ranks there are."""
+        found = []
+        for rank in range(plan.pipeline):
+            data, tensor = plan.degrees(rank)
+            most = -1
+            if plan.zero_stage == 1 and data * plan.context > 1 and self.workload.recipe.framework == "headway":
+                most = max(self._updated_by(plan, rank, data * plan.context, tensor))
+            found.append(self._rank(plan, rank, most))
+        return tuple(found)
+
+    def _updated_by(self, plan: Plan, rank: int, replicas: int, tensor: int) -> tuple[int, ...]:
+        """Elements that each of the replicas of a pipeline rank updates under ZeRO-1."""
+        shards = self.shards_of(plan, tensor)
+        held = tuple((plan.stages[at].start, plan.stages[at].stop) for at in plan.stages_of(rank))
+        key = (held, shards, replicas)
+        found = self._updated.get(key)
+        if found is None:
+            parts = [self.sizes.zero1(start, stop, shards, replicas) for start, stop in held]
+            found = self._updated[key] = tuple(sum(part[at][0] for part in parts) for at in range(replicas))
+        return found
+
+    def shards_of(self, plan: Plan, tensor: int) -> Shards:
+        """How a stage of that tensor-parallel degree divides the model under `plan`."""
+        if tensor == 1:
+            return WHOLE
+        known = self._shards_by_identity.get((tensor, id(plan.tensor_sharding)))
+        if known is None or known[0] is not plan.tensor_sharding:
+            known = (plan.tensor_sharding, self._find_shards(plan, tensor))
+            self._shards_by_identity[tensor, id(plan.tensor_sharding)] = known
+        return known[1]
+
+    def _find_shards(self, plan: Plan, tensor: int) -> Shards:
+        key = (tensor, frozenset(plan.tensor_sharding))
+        found = self._shards.get(key)
+        if found is None:
+            chosen = key[1]
+            blocks = frozenset(
+                position
+                for position, block in enumerate(self.workload.graph.blocks)
+                if chosen.issuperset(block.columns) and chosen.issuperset(block.rows)
+            )
+            found = self._shards[key] = Shards(tensor, blocks)
+        return found
+
+    # -- states
+
+    def _states(self, plan: Plan, stages: Sequence[Stage], shards: Shards, replicas: int, updated: int) -> _States:
+        """Of the fullest rank that holds these stages; `updated`: elements it updates, -1 where that follows."""
+        held = self._held(plan, stages, shards)
+        share = 1.0
+        if plan.zero_stage and replicas > 1:
+            # Experts are replicated only over what the expert group leaves.
+            dense = held.trainable - held.experts
+            share = (dense + held.experts * plan.expert) / replicas / max(held.trainable, 1.0)
+        mine = float(updated) if updated >= 0 else held.trainable * share
+        framework = self.workload.recipe.framework
+        gathers = framework in ("headway", "fsdp", "torchtitan") or (framework == "megatron" and plan.zero_stage == 3)
+        if replicas > 1 and plan.zero_stage >= 2 and gathers:
+            states = self._fully_sharded(plan, stages, shards, replicas, held, share, mine)
+        elif framework in ("megatron", "megatron-deepspeed"):
+            states = self._megatron(plan, replicas, held, share, mine)
+        else:
+            # DDP's buckets stand beside the gradients; in Headway's runtime only until the last micro-batch, to which
+            # the others' gradients are added.
+            apart = replicas > 1 and (framework != "headway" or plan.micro_batches > 1)
+            buckets = held.gradients if apart else 0.0
+            states = _States(held.parameters, held.gradients, self._optimizer(mine), buckets, self._temporary(mine))
+        return states._replace(parameters=states.parameters + self.workload.graph.buffer_bytes, largest=held.largest)
+
+    def _held(self, plan: Plan, stages: Sequence[Stage], shards: Shards) -> _Held:
+        recipe = self.workload.recipe
+        sizes = [self.sizes.parameters(stage.start, stage.stop, shards, plan.expert) for stage in stages]
+        elements = float(sum(size.elements for size in sizes))
+        trainable = float(sum(size.trainable_elements for size in sizes))
+        if recipe.framework == "headway":
+            # As traced; autocast computes with a copy that counts as an activation.
+            parameters = computed = float(sum(size.bytes for size in sizes))
+            gradients = float(sum(size.trainable_bytes for size in sizes))
+            largest = float(max(size.largest_layer_bytes for size in sizes))
+        else:
+            in_compute = min(recipe.parameter_bytes, 2.0 if plan.precision != "float32" else 4.0)
+            parameters, computed = elements * recipe.parameter_bytes, elements * in_compute
+            gradients = trainable * recipe.gradient_bytes
+            largest = max(size.largest_layer_elements for size in sizes) * in_compute
+        return _Held(
+            elements=elements,
+            trainable=trainable,
+            experts=float(sum(size.expert_elements for size in sizes)),
+            largest_tensor=float(max(size.largest_tensor_elements for size in sizes)),
+            parameters=parameters,
+            gradients=gradients,
+            computed=computed,
+            largest=largest,
+        )
+
+    def _optimizer(self, elements: float) -> float:
+        return elements * (self.workload.optimizer.state_bytes_per_element + self.workload.recipe.master_bytes)
+
+    def _temporary(self, elements: float) -> float:
+        return elements * self.workload.optimizer.temporary_bytes_per_element
+
+    def _fully_sharded(
+        self, plan: Plan, stages: Sequence[Stage], shards: Shards, replicas: int, held: _Held, share: float, mine: float
+    ) -> _States:
+        """`fully_shard`, stages 2 and 3: parameters gathered when they are needed, beside the rank's share of them."""
+        parameters, gradients = held.parameters * share, held.gradients * share
+        if self.workload.recipe.framework == "headway":
+            if plan.expert == 1:
+                pieces = [self.sizes.sharded(stage.start, stage.stop, shards, replicas) for stage in stages]
+                mine = float(sum(piece[0] for piece in pieces))
+                parameters = gradients = float(sum(piece[1] for piece in pieces))
+            # The layer at work and the next one, fetched early, and one layer's gradients on their way.
+            gathered, working, beside = min(2 * held.largest, held.computed), 0.0, held.largest
+        else:
+            gathered, working = self._gathered(plan, stages, shards, held)
+            beside = 0.0
+        if plan.zero_stage == 2 or plan.pipeline > 1:
+            gathered = held.computed  # from forward to backward
+        if plan.pipeline > 1:
+            gradients = held.gradients  # scattered once, after the last micro-batch
+        return _States(
+            parameters, gradients, self._optimizer(mine), gathered + beside, self._temporary(mine), working
+        )  # fmt: skip
+
+    def _gathered(self, plan: Plan, stages: Sequence[Stage], shards: Shards, held: _Held) -> tuple[float, float]:
+        """What `fully_shard` keeps gathered, and gradients on their way while a layer goes backward.
+
+        Gathered are the layer at work, the next one, fetched early, and the root: what stands outside of the repeated
+        layers, embedding and projection, which is not resharded. A layer's gradients are there once as they are made
+        and twice as they are reduced: of this layer, and of the one before, whose reduce-scatter may still run. The
+        projection's wait for the embedding's, which come last, when no activations are left. In a pipeline gradients
+        stay whole, and are only made layer by layer.
+        """
+        last = len(self.workload.graph.layers) - 1
+        sizes = {at: self.sizes.parameters(at, at + 1, shards, plan.expert).elements
+                 for stage in stages for at in range(stage.start, stage.stop)}  # fmt: skip
+        element_bytes = held.computed / max(held.elements, 1.0)
+        root = float(sizes.get(0, 0) + sizes.get(last, 0))
+        largest = float(max((size for at, size in sizes.items() if 0 < at < last), default=0.0))
+        gathered = min(held.computed, (root + 2 * largest) * element_bytes)
+        if plan.pipeline > 1:
+            return gathered, largest * element_bytes
+        waiting = float(sizes.get(last, 0)) * element_bytes
+        return gathered, waiting + largest * (element_bytes + 2 * self.workload.recipe.gradient_bytes)
+
+    def _megatron(self, plan: Plan, replicas: int, held: _Held, share: float, mine: float) -> _States:
+        """Megatron's and DeepSpeed's: 16-bit parameters, gradients in one buffer, float32 copies with the optimizer."""
+        recipe = self.workload.recipe
+        parameters, gradients = held.parameters, held.gradients
+        communication = update = 0.0
+        if recipe.framework == "megatron-deepspeed":
+            communication = self._deepspeed(plan, replicas, held, mine)
+        elif recipe.gradient_bytes < 4.0 and recipe.master_bytes:
+            update = 4.0 * mine  # the update reads float32 gradients
+        if plan.zero_stage >= 2 and replicas > 1:
+            gradients *= share
+        if plan.zero_stage == 3 and replicas > 1:
+            parameters *= share
+            communication += min(_DEEPSPEED_LIVE_ELEMENTS * 2, held.computed) + held.largest
+        # A parameter's gradient is made whole, then added to those of the micro-batches before.
+        working = held.largest_tensor * held.computed / max(held.elements, 1.0)
+        return _States(parameters, gradients, self._optimizer(mine), communication, update, working)
+
+    def _deepspeed(self, plan: Plan, replicas: int, held: _Held, mine: float) -> float:
+        """DeepSpeed's buffers: its bucket, and what a step makes in blocks larger than any that backward has freed.
+
+        That is a float64 copy of one gradient after the other for the norm (`get_grad_norm_direct`), and then the
+        rank's share of all gradients in one flat tensor, as they are and in float32 (runtime/zero/stage_1_and_2.py,
+        `step`). Both come on top of what backward needed: the allocator cannot join smaller blocks.
+        """
+        gradient_bytes = self.workload.recipe.gradient_bytes
+        bucket = min(_DEEPSPEED_BUCKET_ELEMENTS, held.trainable) * gradient_bytes if replicas > 1 else 0.0
+        if not plan.zero_stage or replicas == 1:
+            return bucket + 4.0 * mine
+        if plan.zero_stage == 3:
+            return bucket + 4.0 * min(mine, _DEEPSPEED_GROUP_ELEMENTS)  # tensor by tensor, in groups
+        return bucket + max(8.0 * min(mine, held.largest_tensor), (4.0 + gradient_bytes) * mine)
+
+    # -- one rank
+
+    def _rank(self, plan: Plan, rank: int, updated: int = -1) -> Memory:
+        """Peak of a rank of pipeline rank `rank`; `updated`: elements it updates, -1 where that follows."""
+        data, tensor = plan.degrees(rank)
+        shards = self.shards_of(plan, tensor)
+        held = tuple(self.sizes.canonical(plan.stages[position], shards) for position in plan.stages_of(rank))
+        m = plan.micro_batches
+        flights = self.flights(plan, rank)
+        kind = self._kind_of[plan.devices[plan.first_rank(rank)]]
+        samples = plan.samples_of(rank)
+        key = (held, data, tensor, m, flights, kind, samples, updated, plan.context, plan.expert, plan.zero_stage,
+               plan.sequence_parallel, plan.precision, plan.schedule, plan.pipeline, plan.global_batch,
+               plan.parameters_on, plan.optimizer_on, plan.activations_on, plan.shares,
+               shards)  # fmt: skip
+        found = self._ranks.get(key)
+        if found is None:
+            found = self._ranks[key] = self._compose(plan, rank, held, flights, kind, samples, updated)
+        return found
+
+    def flights(self, plan: Plan, rank: int) -> tuple[int, ...]:
+        """For each stage of a pipeline rank, micro-batches of which it holds activations when it holds most."""
+        if plan.pipeline == 1:
+            return (1,)
+        return in_flight(plan.schedule, rank, plan.pipeline, plan.virtual_stages, plan.micro_batches)
+
+    def _compose(
+        self, plan: Plan, rank: int, held: tuple[Stage, ...], flights: tuple[int, ...], kind: str, samples: float,
+        updated: int,
+    ) -> Memory:  # fmt: skip
+        graph, recipe = self.workload.graph, self.workload.recipe
+        data, tensor = plan.degrees(rank)
+        replicas = data * plan.context
+        shards = self.shards_of(plan, tensor)
+        piped = plan.pipeline > 1
+        m = plan.micro_batches
+        states = self._states(plan, held, shards, replicas, updated)
+        gradients, communication = states.gradients, states.communication
+        kept = most_kept = loss = 0.0
+        extra = 0.0
+        extra_with_gradients = 0.0
+        for stage, flight in zip(held, flights, strict=True):
+            size = self.activations(plan, stage, samples, shards, states.working)
+            kept += size.kept * flight
+            most_kept = max(most_kept, size.largest_kept)
+            loss += size.loss
+            extra = max(extra, size.peak - size.kept)
+            extra_with_gradients = max(extra_with_gradients, size.peak_with_gradients - size.kept)
+            if piped:
+                last = stage.stop == len(graph.layers)
+                if recipe.framework in ("megatron", "megatron-deepspeed"):
+                    # The input of each micro-batch in flight, and the gradient that arrives and the one that leaves.
+                    communication += size.input * (flight + 1) + (0.0 if last else size.output)
+                    if recipe.framework == "megatron" and not last:
+                        kept -= size.output * max(0, flight - 1)  # released once it is sent
+                else:
+                    # torch.distributed.pipelining receives every micro-batch into a buffer of its own, both ways.
+                    communication += m * (size.input + (0.0 if last else size.output))
+        # Every rank holds its replica's share of the batch; Megatron's read one micro-batch after the other.
+        batch = plan.micro_batch * m if plan.shares else plan.global_batch // plan.data
+        if recipe.framework in ("megatron", "megatron-deepspeed"):
+            batch = plan.micro_batch
+        kept += sum(one.bytes(batch) for one in graph.inputs) / plan.context
+        # What rests elsewhere is here while it is used: this layer's and the next one's.
+        parameters, optimizer = states.parameters, states.optimizer
+        if plan.parameters_on != "device":
+            communication += min(2 * states.largest, parameters)
+            parameters = 0.0
+        if plan.optimizer_on != "device":
+            part = 2 * states.largest / max(states.parameters, 1.0)
+            communication += min(1.0, part) * optimizer
+            optimizer = 0.0
+        if plan.activations_on != "device":
+            communication += min(2 * most_kept, kept - loss)
+            kept = min(kept - loss, most_kept) + loss
+        # Without buckets (one replica) gradients are made anew in each step, while activations are released.
+        fresh = recipe.framework == "headway" and replicas == 1 and m == 1 and not piped
+        together = kept + extra_with_gradients if fresh else kept + extra + gradients
+        together = max(together, gradients + states.update)
+        # What gave way to gradients before the peak is not counted twice.
+        activations = min(kept, together - gradients)
+        workspace = together - gradients - activations
+        outside = 0.0
+        if not self._is_cpu[kind]:
+            generation = _CONTEXT_BYTES.get(kind.split("-")[0], 0.0)
+            outside = generation + (_COMMUNICATOR_BYTES * self._communicators(plan, rank) if generation else 0.0)
+        if outside:
+            allocated = parameters + gradients + optimizer + activations + communication + workspace
+            workspace += _FRAGMENTATION * allocated
+        return Memory(
+            parameters_bytes=parameters,
+            gradients_bytes=gradients,
+            optimizer_bytes=optimizer,
+            activations_bytes=activations,
+            communication_bytes=communication,
+            workspace_bytes=workspace,
+            outside_bytes=outside,
+        )
+
+    def activations(
+        self, plan: Plan, stage: Stage, samples: float, shards: Shards, working: float = 0.0
+    ) -> ActivationBytes:
+        """`Sizes.activations` of one stage, as `plan` divides and recomputes; `working`: of gradients, as each goes."""
+        recipe, low = self.workload.recipe, plan.precision != "float32"
+        keeping = Keeping(
+            context=plan.context,
+            sequence_parallel=plan.sequence_parallel and shards.degree > 1,
+            autocast=recipe.framework == "headway",
+            products=recipe.framework == "torchtitan",
+            logit_bytes=_LOGIT_BYTES.get((recipe.framework, recipe.compiled), 0.0) if low else 0.0,
+            input_bytes=_INPUT_BYTES.get(plan.precision, 2.0) if recipe.framework == "megatron" else 2.0,
+            working=working,
+        )
+        again = stage.recompute_attention
+        return self.sizes.activations(
+            stage.start, stage.stop, stage.recompute, samples, shards, plan.precision, again, keeping
+        )
+
+    def _communicators(self, plan: Plan, rank: int) -> int:
+        """Groups that a rank speaks in, each with buffers of its own: all ranks, each axis, and pipeline neighbours."""
+        data, tensor = plan.degrees(rank)
+        axes = sum(size > 1 for size in (data, tensor, plan.context, plan.expert))
+        return (plan.world_size > 1) + axes + (2 if plan.pipeline > 1 else 0)
+
+
+# -- over time, and in words ------------------------------------------------------------------------------------------
+
+
+def memory_over_time(
+    predictor: Predictor, plan: Plan, pipeline_rank: int, timeline: Timeline | None = None
+) -> list[tuple[float, Memory]]:
+    """Bytes by kind on the fullest device of a pipeline rank along one step: (seconds, what holds from then on).
+
+    `timeline` says when micro-batches go forward and backward (a predicted or a simulated one, of this plan); without,
+    the predicted one. A micro-batch's activations come when it goes forward and leave when it has gone backward. The
+    largest total is the predicted peak if as many micro-batches are there as the schedule holds at most.
+    """
+    residency = predictor.residency
+    timeline = timeline or predictor.timeline(plan)
+    first = plan.first_rank(pipeline_rank)
+    ranks = range(first, first + plan.width(pipeline_rank))
+    memory = residency.memory(plan)
+    fullest = max(ranks, key=lambda rank: memory[rank].total_bytes)
+    peak = memory[fullest]
+    _, tensor = plan.degrees(pipeline_rank)
+    shards, samples = residency.shards_of(plan, tensor), plan.samples_of(pipeline_rank)
+    held = plan.stages_of(pipeline_rank)
+    kept = {at: residency.activations(plan, plan.stages[at], samples, shards).kept for at in held}
+    most = sum(kept[at] * flight for at, flight in zip(held, residency.flights(plan, pipeline_rank), strict=True))
+    # Offloading and gradients that take the place of activations leave less than what is kept; inputs stay throughout.
+    scale = min(1.0, peak.activations_bytes / most) if most else 0.0
+    resting = peak.activations_bytes - most * scale
+    lane = f"rank {fullest}/compute"
+    events: list[tuple[float, int, float, int]] = []  # (seconds, order, activations, at work)
+    for span in timeline.spans:
+        if span.lane != lane or span.kind not in ("forward", "backward", "optimizer"):
+            continue
+        comes = goes = 0.0
+        if span.kind == "forward":
+            comes = kept[int(span.detail["stage"])] * scale
+        elif span.kind == "backward":
+            goes = -kept[int(span.detail["stage"])] * scale
+        end = span.start_seconds + span.duration_seconds
+        events.append((span.start_seconds, 1, comes, 1))
+        events.append((end, 0, goes, -1))
+    idle = msgspec.structs.replace(peak, activations_bytes=resting, workspace_bytes=0.0)
+    points: list[tuple[float, Memory]] = [(0.0, idle)]
+    activations, working = 0.0, 0
+    for seconds, _, change, work in sorted(events):
+        activations += change
+        working += work
+        now = msgspec.structs.replace(
+            peak,
+            activations_bytes=resting + max(0.0, activations),
+            workspace_bytes=peak.workspace_bytes if working else 0.0,
+        )
+        if points[-1][0] == seconds:
+            points[-1] = (seconds, now)
+        else:
+            points.append((seconds, now))
+    return points
+
+
+_KINDS = {
+    "parameters_bytes": "parameters",
+    "gradients_bytes": "gradients",
+    "optimizer_bytes": "optimizer states",
+    "activations_bytes": "activations",
+    "communication_bytes": "communication buffers",
+    "workspace_bytes": "temporaries and what the allocator cannot use",
+    "outside_bytes": "CUDA context and NCCL",
+}
+
+
+def explain(predictor: Predictor, plan: Plan, pipeline_rank: int = -1) -> str:
+    """What takes most on the fullest device (of a pipeline rank, or with -1 of all), in one or two sentences."""
+    residency = predictor.residency
+    memory = residency.memory(plan)
+    ranks = range(plan.world_size)
+    if pipeline_rank >= 0:
+        first = plan.first_rank(pipeline_rank)
+        ranks = range(first, first + plan.width(pipeline_rank))
+    rank = max(ranks, key=lambda at: memory[at].total_bytes)
+    peak = memory[rank]
+    parts = sorted(((getattr(peak, field), name) for field, name in _KINDS.items()), reverse=True)
+    total = max(peak.total_bytes, 1.0)
+    listed = ", ".join(f"{name} {format_bytes(size)}" for size, name in parts[1:3] if size > 0.01 * total)
+    text = f"Rank {rank} holds {format_bytes(peak.total_bytes)}: {parts[0][1]} take most, {format_bytes(parts[0][0])}"
+    text += f" ({parts[0][0] / total:.0%})" + (f", then {listed}." if listed else ".")
+    if parts[0][1] == "activations" and plan.pipeline > 1:
+        pipeline = plan.coordinates(rank)[0]
+        flights = residency.flights(plan, pipeline)
+        text += f" It is on pipeline rank {pipeline} and keeps {sum(flights)} micro-batches in flight."
+    return text

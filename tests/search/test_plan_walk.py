@@ -1,0 +1,67 @@
+"""Walks over whole plans, against the search that misses nothing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from headway.errors import FieldError
+from headway.predict.step import Predictor, check_fit
+from headway.search.find import find
+from headway.search.plan_walk import mcmc_plans
+from headway.search.ranking import Constraints
+from headway.workload.graph import Workload
+
+
+@pytest.mark.parametrize("memory", [1e10, 1.6e8], ids=["roomy", "tight"])
+def test_on_a_small_cluster_it_comes_within_two_percent_of_the_exhaustive_search(toy, memory):
+    workload = Workload(graph=toy.graph(), global_batch=16)
+    for kinds in ([["fast"] * 4], [["fast", "fast"], ["slow", "slow"]]):
+        rates = {"fast": 1e13, "slow": 4e12}
+        cluster = toy.cluster(
+            [[toy.accelerator(kind, rate=rates[kind], memory=memory) for kind in node] for node in kinds]
+        )
+        predictor = Predictor(workload, cluster)
+        best = find(workload, cluster, devices=4).best[0].prediction.time.step_seconds
+        found = mcmc_plans(predictor, seed=1, evaluations=600)
+        assert found.plan is not None
+        assert found.seconds <= best * 1.02
+        found.plan.validate(workload.graph, cluster)
+        prediction = predictor.predict(found.plan)
+        assert prediction.time.step_seconds == found.seconds
+        check_fit(prediction, found.plan, cluster)
+        seconds = [entry.seconds for entry in found.history]
+        assert seconds == sorted(seconds, reverse=True)
+        assert seconds[-1] == found.seconds
+
+
+def test_the_same_seed_gives_the_same_plan_and_constraints_hold(toy):
+    workload = Workload(graph=toy.graph(), global_batch=16)
+    cluster = toy.cluster([[toy.accelerator("gpu")] * 4])
+    constraints = Constraints(pipeline=2, recompute="full", schedule="gpipe")
+    one, other = (
+        mcmc_plans(Predictor(workload, cluster), constraints=constraints, seed=3, evaluations=60) for _ in range(2)
+    )
+    assert (one.plan, one.seconds, one.evaluated) == (other.plan, other.seconds, other.evaluated)
+    assert one.evaluated <= 60
+    assert one.plan is not None
+    assert one.plan.pipeline == 2
+    assert one.plan.schedule == "gpipe"
+    assert all(len(stage.recompute) == stage.stop - stage.start for stage in one.plan.stages)
+
+
+def test_where_no_plan_fits_none_is_returned(toy):
+    workload = Workload(graph=toy.graph(), global_batch=16)
+    cluster = toy.cluster([[toy.accelerator("gpu", memory=1e3)] * 2])
+    found = mcmc_plans(Predictor(workload, cluster), evaluations=30)
+    assert found.plan is None
+    assert math.isinf(found.seconds)
+
+
+def test_budgets_are_checked(toy):
+    predictor = Predictor(Workload(graph=toy.graph(), global_batch=16), toy.cluster([[toy.accelerator("gpu")] * 2]))
+    with pytest.raises(FieldError):
+        mcmc_plans(predictor)
+    with pytest.raises(FieldError):
+        mcmc_plans(predictor, evaluations=5, restarts=0)
