@@ -116,5 +116,9 @@ def test_a_rank_that_does_not_come_is_named():
 
 
 def test_beyond_a_size_nobody_watches():
-    watch = Watch(0, MOST_RANKS + 1, dist.HashStore(), print)
+    store = dist.HashStore()
+    before = threading.active_count()
+    watch = Watch(0, MOST_RANKS + 1, store, print)
+    assert store.num_keys() == 0  # nobody is told where to connect to
+    assert threading.active_count() == before
     watch.close()

@@ -221,7 +221,16 @@ def test_torchtitan_has_every_field_that_is_set() -> None:
 def test_megatron_reads_the_layout() -> None:
     peer("megatron.core")
     layout = importlib.import_module("megatron.core.transformer.pipeline_parallel_layer_layout")
-    layout.PipelineParallelLayerLayout("Ett|tttt|ttL", 3).validate_layer_layout(LAYERS, 0)
+    plan = Plan(
+        model=GRAPH.name, devices=("a", "b", "c"), global_batch=3, micro_batch=1, pipeline=3, schedule="1f1b",
+        stages=stages_of([2, 4, 2], "none"),
+    )  # fmt: skip
+    flags = export(plan, GRAPH, "megatron").flags
+    said = flags[flags.index("--pipeline-model-parallel-layout") + 1]
+    read = layout.PipelineParallelLayerLayout(said, 3)
+    read.validate_layer_layout(LAYERS, 0)
+    kinds = [[kind.name for (stage,) in (row,) for kind in stage] for row in read.layout]
+    assert [row.count("decoder") for row in kinds] == [2, 4, 2]
 
 
 FSDP_RANK = textwrap.dedent("""

@@ -17,13 +17,8 @@ from headway.errors import DoesNotFitError, FieldError
 from headway.hardware.cluster import Cluster
 from headway.predict.profile import Profile
 from headway.predict.step import Predictor
-from headway.search.dynamic import dynamic_search, fits
 from headway.search.find import find
-from headway.search.gradient import gradient
-from headway.search.heterogeneous import search_heterogeneous
-from headway.search.plan_walk import mcmc_plans
 from headway.search.ranking import Candidate, Constraints, Goal, Ranking
-from headway.search.tables import plan_of, stage_problem
 from headway.workload.graph import Workload
 
 __all__ = ["Method", "find_by"]
@@ -113,12 +108,18 @@ def _others(
     drawn = None
     history: tuple[tuple[float, float], ...] = ()
     if method in ("dynamic", "heterogeneous"):
+        # Imported where used: these compile, and the exact search, which most runs need alone, does not.
+        from headway.search.dynamic import dynamic_search
+        from headway.search.heterogeneous import search_heterogeneous
+
         search = dynamic_search if method == "dynamic" else search_heterogeneous
         found = search(
             workload, machines, predictor, keep=keep, budget_seconds=budget_seconds, progress=progress,
             memory_fraction=fraction,
         )  # fmt: skip
     elif method == "mcmc":
+        from headway.search.plan_walk import mcmc_plans
+
         drawn = seed
         result = mcmc_plans(
             predictor, constraints=constraints, seed=seed, budget_seconds=budget_seconds or _BUDGET_SECONDS
@@ -150,6 +151,10 @@ def _by_gradient(
     progress: Callable[[int, int], None] | None,
 ) -> tuple[list[Candidate], int]:  # fmt: skip
     """Descend on the tables of several micro-batches and ZeRO stages, an equal share of the budget on each."""
+    from headway.search.dynamic import fits
+    from headway.search.gradient import gradient
+    from headway.search.tables import plan_of, stage_problem
+
     batch = workload.global_batch
     sizes = sorted({max(1, batch // count) for count in (8, 16, 32, 64) if batch % max(1, batch // count) == 0})
     cases = [(size, zero) for zero in (1, 2, 3) for size in sizes]

@@ -20,6 +20,7 @@ from headway.hardware.catalog import load_cluster
 from headway.hardware.cluster import Cluster
 from headway.hardware.probe import probe
 from headway.plan.plan import Plan
+from headway.predict.measure import measure_workload
 from headway.predict.prediction import Prediction
 from headway.predict.profile import Profile
 from headway.predict.step import Predictor, check_fit
@@ -150,31 +151,7 @@ def measure_operators(
     """
     if not cluster.fingerprint or not cluster.is_homogeneous:
         return None
-    kind = cluster.accelerator_of(0)
-    if not micro_batches:
-        micro_batches = _spanning(workload.global_batch)
-    if not degrees:
-        divisors = [block.divisor for block in workload.graph.blocks]
-        degrees = [n for n in range(1, len(cluster) + 1) if n == 1 or any(divisor % n == 0 for divisor in divisors)]
-    return Profile.measure(
-        workload.graph,
-        samples=micro_batches,
-        degrees=degrees,
-        precision=workload.precision,
-        torch_device=kind.torch_device,
-        threads=kind.threads,
-        concurrent=len(cluster) if kind.torch_device == "cpu" else 1,
-        optimizer=workload.optimizer.name,
-        fingerprint=cluster.fingerprint,
-    )
-
-
-def _spanning(largest: int) -> list[int]:
-    """1, 4, 16, … and `largest`."""
-    sizes = [1]
-    while sizes[-1] * 4 < largest:
-        sizes.append(sizes[-1] * 4)
-    return sizes if largest == 1 else [*sizes, largest]
+    return measure_workload(workload, cluster, samples=micro_batches, degrees=degrees)
 
 
 def run(
