@@ -31,8 +31,17 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python bench/aggregator.py
 	$(BIN)/python bench/simulation.py
 	$(BIN)/python bench/search.py
+	$(BIN)/python bench/disk.py
+	$(BIN)/python bench/host_optimizer.py
+	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/zero.py
+	$(BIN)/python bench/offload.py
+	$(BIN)/python bench/swapping.py
+	$(BIN)/python bench/remote_memory.py
+	$(BIN)/python bench/scheduling.py
 
 # Against measurements that others published: make bench-published DATA=folder of their tables (docs/validation.md).
+# bench/policies.py and bench/spread.py read published traces and say where they look for them (docs/schedule.md).
 bench-published: $(VENV)/.installed-bench
 	@test -d "$(DATA)" || { echo "name the folder: make bench-published DATA=…" >&2; exit 1; }
 	$(BIN)/python bench/prediction.py --data "$(DATA)"

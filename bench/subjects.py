@@ -44,6 +44,10 @@ def cnn() -> nn.Module:
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10))
 
 
+# GPT-2's sizes (Radford et al., 2019), with 1,024 tokens: what a GPU needs to be busy. Layers, channels, heads, batch.
+GPTS = {"gpt-124m": (12, 768, 12, 32), "gpt-355m": (24, 1024, 16, 16), "gpt-774m": (36, 1280, 20, 8)}
+
+
 class Random(torch.utils.data.Dataset):
     """`count` random samples, made once."""
 
@@ -59,21 +63,22 @@ class Random(torch.utils.data.Dataset):
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("subject", choices=["mlp", "cnn", "gpt"])
+    parser.add_argument("subject", choices=["mlp", "cnn", "gpt", *GPTS])
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    if arguments.subject == "gpt":
-        tokens = torch.randint(256, (256, 129))
-        dataset, batch = Random(tokens[:, :-1], tokens[:, 1:]), 16
+    layers, channels, heads, batch = GPTS.get(arguments.subject, (6, 384, 6, 16))
+    context = 1024 if arguments.subject in GPTS else 128
+    if arguments.subject.startswith("gpt"):
+        tokens = torch.randint(256, (256, context + 1))
+        dataset = Random(tokens[:, :-1], tokens[:, 1:])
         loss = loss_function
     else:
         shape, batch = ((1024,), 256) if arguments.subject == "mlp" else ((3, 32, 32), 32)
         dataset, loss = Random(torch.randn(512, *shape), torch.randint(10, (512,))), F.cross_entropy
     session = headway.start()
-    model = {"mlp": mlp, "cnn": cnn, "gpt": lambda: GPT(layers=6, channels=384, heads=6, context=128)}[
-        arguments.subject
-    ]()
+    made = {"mlp": mlp, "cnn": cnn}.get(arguments.subject)
+    model = GPT(layers=layers, channels=channels, heads=heads, context=context) if made is None else made()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     model, optimizer = session.prepare(model, optimizer, loss=loss)
     for step_batch in session.shard(dataset, batch_size=batch, steps=arguments.steps, seed=0):

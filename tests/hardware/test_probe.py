@@ -34,6 +34,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No test reads or writes the user's own cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path))  # where workers meet: tells this test's from others'
     return tmp_path / "cache" / "headway"
 
 
@@ -50,24 +51,33 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def children() -> set[str]:
-    """Probe workers that are alive."""
+def children(folder: Path) -> set[str]:
+    """Probe workers that are alive and meet below `folder`: those of other tests, at the same time, meet elsewhere."""
     found = set()
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             command = entry.read_bytes()
         except OSError:
             continue
-        if b"headway.hardware.probe_worker" in command and command.rstrip(b"\0").count(b"\0") >= 4:
+        if (
+            os.fsencode(folder) in command
+            and b"headway.hardware.probe_worker" in command
+            and command.rstrip(b"\0").count(b"\0") >= 4
+        ):
             found.add(entry.parent.name)
     return found
 
 
 @pytest.mark.processes
-def test_two_ranks_are_measured_for_real(cache: Path) -> None:
-    before = children()
+def test_two_ranks_are_measured_for_real(cache: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    found = probe(2, progress=said.append, seconds=0.5)
+    alive: set[str] = set()
+
+    def listen(text: str) -> None:
+        said.append(text)
+        alive.update(children(tmp_path))
+
+    found = probe(2, progress=listen, seconds=0.5)
     cluster = found.cluster
     assert [device.name for device in cluster.devices] == ["local/cpu0", "local/cpu1"]
     assert len(cluster.links) == 2
@@ -89,7 +99,8 @@ def test_two_ranks_are_measured_for_real(cache: Path) -> None:
     assert 0 < fitted[0] < fitted[-1] < math.inf
     assert fitted == sorted(fitted)
     assert any("all_reduce" in text for text in said)
-    assert children() <= before
+    assert len(alive) == 2
+    assert not children(tmp_path)
     # The second time is from the cache, also by the name that users write.
     assert probe(2) == found
     assert load_cluster("local:2") == cluster
@@ -97,8 +108,7 @@ def test_two_ranks_are_measured_for_real(cache: Path) -> None:
 
 
 @pytest.mark.processes
-def test_a_rank_that_dies_ends_the_probe_and_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = children()
+def test_a_rank_that_dies_ends_the_probe_and_leaves_no_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     real = subprocess.Popen
 
     def broken(command, **arguments):
@@ -110,7 +120,7 @@ def test_a_rank_that_dies_ends_the_probe_and_leaves_no_process(monkeypatch: pyte
     with pytest.raises(RankFailedError, match="out of luck") as caught:
         probe(2, seconds=0.5)
     assert "rank 1" in caught.value.place
-    assert children() <= before
+    assert not children(tmp_path)
 
 
 @pytest.mark.processes

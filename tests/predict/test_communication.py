@@ -36,6 +36,7 @@ CHANNELS = st.builds(
     scale_gather=st.floats(0.1, 10),
     scale_scatter=st.floats(0, 10),
     scale_send=st.floats(0.1, 10),
+    known=st.none(),
 )
 ALL = [all_reduce_seconds, all_gather_seconds, reduce_scatter_seconds, broadcast_seconds, send_seconds]
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from headway.errors import FileError
 from headway.predict import Predictor, Profile
-from headway.predict.operators import Shards
-from headway.predict.profile import _interpolated, operator_key
+from headway.predict.operators import Shards, operator_key
+from headway.predict.profile import _interpolated
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +151,31 @@ def test_a_size_that_was_measured_whole_only_is_divided_as_its_roofline_is(make,
     whole, _ = predictor.layer_seconds("unit", 4, crowded=True)
     split, _ = predictor.layer_seconds("unit", 4, shards, crowded=True)
     assert 0 < split[-1] < whole[-1]
+
+
+def test_the_host_of_a_gpu_makes_views_too_and_that_of_a_cpu_counts_them_once(make):
+    import torch
+
+    from headway.predict.latency import Latency
+    from headway.workload.trace import trace
+
+    class Turned(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.linear(x).unsqueeze(1).transpose(1, 2).squeeze(2)
+
+    inputs = torch.zeros(2, 4)
+    graph = trace(Turned(), inputs, name="turned", loss=lambda y, t: (y - t).square().sum(), target=inputs)
+    positions = [at for layer in graph.layers for at in layer.forward]
+    views = sum(graph.operators[at].is_view for at in positions)
+    started = len(positions) - views
+    assert views
+    assert started
+    for device, share in (("cuda", 1.0), ("cpu", 0.0)):
+        profile = Profile(torch_device=device, view_seconds=3e-6, host_forward_seconds=20e-6)
+        latency = Latency(graph, make.accelerator(torch_device=device), profile)
+        host = sum(latency.layer_time(at, 2).host_forward_seconds for at in range(len(graph.layers)))
+        assert host == pytest.approx(started * 20e-6 + share * views * 3e-6)

@@ -166,7 +166,7 @@ def test_mixed_precision_takes_eighteen_bytes_and_zero_divides_them(data, contex
     recipe = msgspec.structs.replace(MEGATRON, framework=framework)
     plan = plan_of(graph, data=data, tensor=tensor, context=context, zero_stage=stage)
     memory = residency_of(graph, recipe).memory(plan)[0]
-    elements = Sizes(graph).parameters(0, 10, residency_of(graph).shards_of(plan, tensor)).elements
+    elements = Sizes(graph).parameters(0, 10, residency_of(graph).shards_of(plan)).elements
     divided = [replicas if stage >= least else 1 for least in (3, 2, 1)]
     assert memory.parameters_bytes == pytest.approx(2 * elements / divided[0])
     assert memory.gradients_bytes == pytest.approx(4 * elements / divided[1])
@@ -241,7 +241,8 @@ def test_what_rests_elsewhere_takes_room_for_two_layers_only(tier):
     staged = away.communication_bytes - here.communication_bytes
     largest = max(Sizes(graph).parameters(at, at + 1, WHOLE).elements for at in range(34))
     one = Sizes(graph).activations(0, 34, tuple(range(1, 33)), 1, WHOLE, "bfloat16", (), KEEPING).largest_kept
-    assert staged == pytest.approx(2 * largest * (2 + 12) + 2 * one)
+    # Parameters in 16 bits and activations; the host makes the update, so no optimizer state comes here.
+    assert staged == pytest.approx(2 * largest * 2 + 2 * one)
     assert away.total_bytes < 0.6 * here.total_bytes
 
 

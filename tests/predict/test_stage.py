@@ -216,8 +216,10 @@ def test_neighbours_on_a_pcie_switch_share_its_way_to_the_host():
     cluster = preset("dgx-a100")
     own = predictor(DENSE, cluster)
     slot = next(link.bytes_per_second for link in cluster.links if link.kind == "pcie")
-    assert 0.3 * slot < own.stages.tier_rate("host", cluster.devices[0].name) <= 0.5 * slot
-    assert own.stages.tier_rate("disk", cluster.devices[0].name) < own.stages.tier_rate("host", cluster.devices[0].name)
+    assert 0.3 * slot < own.stages.tiers.copy_rate("host", cluster.devices[0].name) <= 0.5 * slot
+    assert own.stages.tiers.copy_rate("disk", cluster.devices[0].name) < own.stages.tiers.copy_rate(
+        "host", cluster.devices[0].name
+    )
 
 
 @pytest.mark.parametrize("pair", [("float32", "bfloat16"), ("bfloat16", "float8"), ("float8", "float4")])

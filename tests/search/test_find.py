@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import msgspec
@@ -91,7 +92,9 @@ def test_the_wide_space_keeps_its_bounds_and_loses_nothing_by_pruning(data, toy)
     """Context, expert and sequence parallelism, selective recomputation, zero bubble and offload."""
     memory = data.draw(st.sampled_from([2e8, 4e8, 1e10]), label="memory")
     kinds = [toy.accelerator("gpu", memory=memory), toy.accelerator("old gpu", rate=3e12, memory=memory)]
-    nodes = [[kind] * 2 for kind in kinds[: data.draw(st.integers(1, 2), label="kinds")]]
+    offload = data.draw(st.sampled_from(["none", "optimizer", "any"]), label="offload")
+    # The space with other tiers is some thirty times as large, and all of it is predicted below.
+    nodes = [[kind] * 2 for kind in kinds[: data.draw(st.integers(1, 2), label="kinds") if offload == "none" else 1]]
     cluster = toy.cluster(nodes, network=data.draw(st.sampled_from([1e9, 1e11])))
     experts = data.draw(st.sampled_from([0, 4]), label="experts")
     shape = TransformerShape(
@@ -103,7 +106,8 @@ def test_the_wide_space_keeps_its_bounds_and_loses_nothing_by_pruning(data, toy)
     workload = Workload(graph=transformer(shape), global_batch=data.draw(st.sampled_from([4, 6])), recipe=recipe)
     constraints = Constraints(
         runnable=False,
-        offload=data.draw(st.sampled_from(["none", "optimizer", "any"])),
+        offload=offload,
+        delayed_update=offload == "optimizer" and data.draw(st.booleans()),
         recompute=data.draw(st.sampled_from(["any", "selective"])),
         precision=data.draw(st.sampled_from(["float32", "bfloat16"])),
     )
@@ -123,7 +127,10 @@ def test_the_wide_space_keeps_its_bounds_and_loses_nothing_by_pruning(data, toy)
             if (one.schedule, one.virtual_stages, one.micro_batch)
             == (plan.schedule, plan.virtual_stages, plan.micro_batch)
         )
-        held = States(plan.zero_stage, plan.parameters_on, plan.optimizer_on)
+        held = States(
+            plan.zero_stage, plan.parameters_on, plan.optimizer_on, plan.activations_on, plan.optimizer_kept,
+            plan.delayed_update,
+        )  # fmt: skip
         assert bounds.mesh_seconds(mesh) <= seconds
         assert bounds.group_seconds(mesh, group) <= seconds
         assert bounds.cut_seconds(mesh, group) <= seconds
@@ -141,9 +148,10 @@ def test_a_layer_larger_than_any_device_is_named(toy):
 def test_a_plan_to_run_never_has_what_the_runtime_lacks(toy):
     cluster = toy.cluster([[toy.accelerator("gpu")] * 4])
     shape = TransformerShape(layers=4, hidden=64, heads=4, vocabulary=512, sequence=4096, attention="unfused")
-    ranking = find(Workload(graph=transformer(shape), global_batch=8), cluster, keep=500)
-    for candidate in ranking.best:
-        check_supported(candidate.plan)
+    for constraints in (Constraints(), Constraints(offload="any"), Constraints(exchange="headway", zero_stage=0)):
+        ranking = find(Workload(graph=transformer(shape), global_batch=8), cluster, keep=300, constraints=constraints)
+        for candidate in ranking.best:
+            check_supported(candidate.plan)
 
 
 def divisors(number: int) -> list[int]:
@@ -393,3 +401,58 @@ def test_progress_counts_up_to_all_plans(workload, node):
     ranking = find(workload, node, progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (ranking.considered, ranking.considered)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_what_fits_only_elsewhere_gets_the_cheapest_tiers(toy):
+    """Against trying every place of parameters, optimizer and activations, with the planner's steps of what is kept."""
+    cluster = toy.cluster([[toy.accelerator("gpu", memory=1.7e8)] * 2])
+    workload = Workload(graph=toy.graph(), global_batch=8)
+    with pytest.raises(DoesNotFitError):
+        find(workload, cluster, devices=2, constraints=Constraints(data=2, runnable=False, recompute="none"))
+    constraints = Constraints(data=2, runnable=False, recompute="none", offload="any")
+    best = find(workload, cluster, devices=2, constraints=constraints).best[0]
+    predictor = Predictor(workload, cluster)
+    tiers = ("device", *predictor.stages.tiers.available)
+    rank = {tier: at for at, tier in enumerate(tiers)}
+    room = 1.7e8 * constraints.memory_fraction
+    least = None
+    for micro, zero, parameters, optimizer, activations, kept in itertools.product(
+        (1, 2, 4), (0, 1, 2, 3), tiers, tiers, ("device", "host"), (0.0, 0.25, 0.5, 0.75)
+    ):
+        if (optimizer == "device" and kept) or rank[parameters] > rank[optimizer] or (parameters != "device" and kept):
+            continue
+        plan = msgspec.structs.replace(
+            best.plan, micro_batch=micro, zero_stage=zero, parameters_on=parameters, optimizer_on=optimizer,
+            activations_on=activations, optimizer_kept=kept, stages=(Stage(start=0, stop=4),),
+        )  # fmt: skip
+        prediction = predictor.predict(plan.validate(workload.graph, cluster))
+        if prediction.peak_bytes <= room and (least is None or prediction.time.step_seconds < least):
+            least = prediction.time.step_seconds
+    assert least is not None
+    assert best.prediction.peak_bytes <= room
+    assert not best.plan.optimizer_on == best.plan.parameters_on == best.plan.activations_on == "device"
+    # All of them swapped, where the planner swaps only as many as it must: it is at least as fast.
+    assert best.prediction.time.step_seconds <= least * (1 + 1e-9)
+
+
+def test_a_host_that_is_too_small_is_named(toy):
+    cluster = toy.cluster([[toy.accelerator("gpu", memory=1.7e8)] * 2])
+    workload = Workload(graph=toy.graph(vocabulary=40_000_000), global_batch=8)
+    with pytest.raises(DoesNotFitError):
+        find(workload, cluster, devices=2, constraints=Constraints(data=2, runnable=False, offload="any"))
+
+
+def test_a_delayed_update_needs_an_optimizer_elsewhere_and_is_only_made_where_it_is_allowed(toy):
+    with pytest.raises(FieldError, match="off the device"):
+        Constraints(runnable=False, delayed_update=True).validate()
+    cluster = toy.cluster([[toy.accelerator("gpu", memory=1.7e8)] * 2])
+    workload = Workload(graph=toy.graph(), global_batch=8)
+    found = [
+        find(
+            workload, cluster, devices=2,
+            constraints=Constraints(data=2, runnable=False, offload="optimizer", delayed_update=delayed),
+        ).best[0]
+        for delayed in (False, True)
+    ]  # fmt: skip
+    assert not found[0].plan.delayed_update
+    assert found[1].prediction.time.step_seconds <= found[0].prediction.time.step_seconds

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from headway.errors import InputError
 from headway.predict.step import Predictor
-from headway.search.dynamic import fits
+from headway.search.dynamic_plans import fits
 from headway.search.exhaustive import exhaustive_search
 from headway.search.heterogeneous import apportion, better_mapping, search_heterogeneous, virtual_workers
 from headway.search.ranking import Candidate, Constraints

@@ -12,6 +12,7 @@ from headway.search.find import find
 from headway.search.plan_walk import mcmc_plans
 from headway.search.ranking import Constraints
 from headway.workload.graph import Workload
+from headway.workload.transformer import TransformerShape, transformer
 
 
 @pytest.mark.parametrize("memory", [1e10, 1.6e8], ids=["roomy", "tight"])
@@ -65,3 +66,35 @@ def test_budgets_are_checked(toy):
         mcmc_plans(predictor)
     with pytest.raises(FieldError):
         mcmc_plans(predictor, evaluations=5, restarts=0)
+
+
+def test_it_walks_over_context_experts_schedules_and_tiers_too(toy):
+    shape = TransformerShape(
+        layers=4, hidden=64, heads=4, vocabulary=512, sequence=4096, experts=4, experts_chosen=2, attention="flash"
+    )
+    workload = Workload(graph=transformer(shape), global_batch=4)
+    cluster = toy.cluster([[toy.accelerator("gpu", memory=2.5e8)] * 4])
+    constraints = Constraints(runnable=False, offload="any", sequence_parallel=False)
+    best = find(workload, cluster, devices=4, constraints=constraints).best[0].prediction.time.step_seconds
+    found = mcmc_plans(Predictor(workload, cluster), constraints=constraints, seed=2, evaluations=1500)
+    assert found.plan is not None
+    assert found.seconds <= best * 1.02
+
+
+@pytest.mark.parametrize(
+    "fixed",
+    [
+        {"context": 4}, {"expert": 2, "context": 1}, {"schedule": "zero_bubble", "pipeline": 2},
+        {"context": 2, "data": 2},
+    ],
+)  # fmt: skip
+def test_what_is_fixed_of_the_new_axes_holds(toy, fixed):
+    shape = TransformerShape(
+        layers=4, hidden=64, heads=4, vocabulary=512, sequence=4096, experts=4, experts_chosen=2, attention="flash"
+    )
+    workload = Workload(graph=transformer(shape), global_batch=4)
+    cluster = toy.cluster([[toy.accelerator("gpu")] * 4])
+    constraints = Constraints(runnable=False, **fixed)
+    found = mcmc_plans(Predictor(workload, cluster), constraints=constraints, seed=0, evaluations=80)
+    assert found.plan is not None
+    assert {name: getattr(found.plan, name) for name in fixed} == fixed

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from headway.errors import PlanError
 from headway.predict.step import Predictor
-from headway.search.dynamic import dynamic_search, solve
+from headway.search.dynamic import solve
+from headway.search.dynamic_plans import dynamic_search
 from headway.search.exhaustive import exhaustive_search
 from headway.search.problem import Assignment
 from headway.search.ranking import Constraints

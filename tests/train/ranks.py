@@ -226,11 +226,15 @@ def train_under_plan(case: Case) -> Outcome:
         if dist.is_initialized():
             dist.all_reduce(value)
         outcome.losses.append((value[0] / value[1]).item())
+    if parallel.offload is not None:
+        parallel.offload.settle()
     if case.save:
         from headway.train.checkpoint import save
 
         save(Path(case.save), parallel, step=case.steps)
-    outcome.parameters = whole_parameters(parallel)
+    with parallel.present():
+        outcome.parameters = whole_parameters(parallel)
+    parallel.close()
     return outcome
 
 

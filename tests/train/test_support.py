@@ -33,7 +33,6 @@ def test_what_the_runtime_does_passes() -> None:
         ("schedule", {"schedule": "zero_bubble"}),
         ("precision", {"precision": "float8"}),
         ("recompute_attention", {"stages": (Stage(start=0, stop=2, recompute_attention=(1,)), STAGES[1])}),
-        ("optimizer_on", {"optimizer_on": "host"}),
         ("collectives", {"collectives": {"data": "ring"}}),
     ],
 )

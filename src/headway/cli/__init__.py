@@ -12,6 +12,9 @@ import signal
 from headway.cli import planning, profiles, running, simulating  # noqa: F401
 from headway.cli.application import app
 
+# isort: split
+from headway.cli import clusters  # noqa: F401  - after the verbs of `simulating`, whose group it joins
+
 __all__ = ["app", "main"]
 
 

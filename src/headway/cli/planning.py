@@ -18,6 +18,7 @@ from headway.cli.options import (
     ClusterOption,
     Context,
     Data,
+    DelayedUpdate,
     Devices,
     Exchange,
     ExchangeOption,
@@ -33,17 +34,24 @@ from headway.cli.options import (
     Pipeline,
     PlanFile,
     PrecisionOption,
+    ProfileCluster,
+    ProfileDevice,
+    ProfileFile,
+    ProfileSource,
     Recompute,
     RecomputeOption,
+    ScaleProfile,
     ScheduleOption,
     Seed,
     Sequence,
     SequenceParallel,
     Target,
     Tensor,
+    TimingOption,
     WhatIf,
     Zero,
     constraints_of,
+    measured_of,
 )
 
 __all__ = ["traced"]
@@ -118,11 +126,18 @@ def plan(
     expert: Expert = None,
     sequence_parallel: SequenceParallel = None,
     offload: OffloadOption = Offload.none,
+    delayed_update: DelayedUpdate = False,
     exchange: ExchangeOption = Exchange.torch,
     method: MethodOption = Method.auto,
     budget: Budget = None,
     seed: Seed = 0,
     what_if: WhatIf = None,
+    profile: ProfileFile = None,
+    timing: TimingOption = None,
+    profile_device: ProfileDevice = None,
+    profile_source: ProfileSource = None,
+    scale_profile: ScaleProfile = False,
+    profile_cluster: ProfileCluster = None,
     runnable: Annotated[
         bool | None,
         typer.Option("--runnable/--any", help="Only plans that `headway run` carries out; so for `local`."),
@@ -152,17 +167,18 @@ def plan(
         cluster == "local" if runnable is None else runnable,
         data=data, tensor=tensor, pipeline=pipeline, micro_batch=micro_batch, zero=zero, schedule=schedule,
         recompute=recompute, precision=precision, exchange=exchange, context=parallel_context, expert=expert,
-        sequence_parallel=sequence_parallel, offload=offload,
+        sequence_parallel=sequence_parallel, offload=offload, delayed_update=delayed_update,
     )  # fmt: skip
     terminal, workload = traced(target, context.args, batch, sequence, precision.value if precision else None)
     machines = find_cluster(cluster, devices, progress=terminal.stage, exchange=exchange.value)
     changed = change(machines, what_if) if what_if is not None else None
+    measured = measured_of(machines, profile, timing, profile_device, profile_source, scale_profile, profile_cluster)
     terminal.stage(f"Searching plans for {len(machines)} devices")
     search: dict[str, Any] = {
         "goal": goal.value, "constraints": constraints, "devices": devices, "keep": keep, "method": method.value,
         "budget_seconds": budget, "seed": seed,
     }  # fmt: skip
-    ranking, profile = plan_workload(workload, machines, **search)
+    ranking, replayed = plan_workload(workload, machines, measured=measured, **search)
     best = ranking.best[0]
     if output is not None:
         best.plan.save(output)
@@ -179,13 +195,15 @@ def plan(
         terminal.stage(f"Drawing {report}")
         if precision is not None:
             workload = msgspec.structs.replace(workload, precision=precision.value)
-        write_plan_report(report, ranking, Predictor(workload, machines, profile))
+        write_plan_report(report, ranking, Predictor(workload, machines, replayed, measured=measured))
     other = None
     if changed is not None:
         terminal.stage(f"Searching plans for {changed.name}")
         other, _ = plan_workload(workload, changed, **search)
     if json:
         answer = msgspec.to_builtins(ranking)
+        if measured is not None:
+            answer["times"] = msgspec.to_builtins(measured.used())
         if said is not None:
             answer["export"] = msgspec.to_builtins(said)
         if other is not None:
@@ -193,6 +211,8 @@ def plan(
         print_json(answer)
         return
     terminal.show(*ranking_tables(ranking), memory_table(best.prediction.memory))
+    if measured is not None:
+        terminal.out.print(measured.used().describe(), soft_wrap=True, highlight=False)
     if other is not None and changed is not None:
         terminal.show(what_if_table(ranking, other, machines.name, what_if or ""))
     if said is not None:
@@ -207,6 +227,12 @@ def predict(
     plan: PlanFile,
     cluster: ClusterOption = "local",
     sequence: Sequence = None,
+    profile: ProfileFile = None,
+    timing: TimingOption = None,
+    profile_device: ProfileDevice = None,
+    profile_source: ProfileSource = None,
+    scale_profile: ScaleProfile = False,
+    profile_cluster: ProfileCluster = None,
     json: JSON = False,
 ) -> None:
     """Say what one plan will cost: step time in parts, memory of each rank, throughput.
@@ -227,14 +253,20 @@ def predict(
         exchange=chosen.exchange,
     )
     chosen.validate(workload.graph, machines, place=str(plan))
-    profile = measure_operators(
-        workload, machines, micro_batches=[chosen.micro_batch], degrees=sorted({1, chosen.tensor})
-    )
-    prediction = Predictor(workload, machines, profile).predict(chosen)
+    measured = measured_of(machines, profile, timing, profile_device, profile_source, scale_profile, profile_cluster)
+    replayed = None
+    if measured is None:
+        replayed = measure_operators(
+            workload, machines, micro_batches=[chosen.micro_batch], degrees=sorted({1, chosen.tensor})
+        )
+    prediction = Predictor(workload, machines, replayed, measured=measured).predict(chosen)
     if json:
-        print_json(prediction)
+        times = {} if measured is None else {"times": msgspec.to_builtins(measured.used())}
+        print_json({**msgspec.to_builtins(prediction), **times})
     else:
         terminal.show(prediction_table(chosen, prediction), memory_table(prediction.memory))
+        if measured is not None:
+            terminal.out.print(measured.used().describe(), soft_wrap=True, highlight=False)
     check_fit(prediction, chosen, machines)
 
 

@@ -9,7 +9,25 @@ import msgspec
 import typer
 
 from headway.cli.application import group, print_json, verb
-from headway.cli.options import JSON, SCRIPT, Batch, ClusterOption, Operation, PlanFile, Sequence, Target
+from headway.cli.options import (
+    JSON,
+    SCRIPT,
+    Batch,
+    ClusterOption,
+    Operation,
+    PlanFile,
+    PrecisionOption,
+    ProfileCluster,
+    ProfileDevice,
+    ProfileFile,
+    ProfileSource,
+    ScaleProfile,
+    Seed,
+    Sequence,
+    Target,
+    TimingOption,
+    measured_of,
+)
 
 __all__: list[str] = []
 
@@ -90,6 +108,12 @@ def simulate_step(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Play so many steps.")] = 1,
     checkpoint_steps: Annotated[int, typer.Option("--checkpoint-steps", min=1, help="Steps between checkpoints.")] = 1,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the jitter.")] = 0,
+    profile: ProfileFile = None,
+    timing: TimingOption = None,
+    profile_device: ProfileDevice = None,
+    profile_source: ProfileSource = None,
+    scale_profile: ScaleProfile = False,
+    profile_cluster: ProfileCluster = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for pictures and timeline.")] = None,
     json: JSON = False,
 ) -> None:
@@ -109,11 +133,14 @@ def simulate_step(
         cluster, chosen.world_size if cluster == "local" else None, progress=terminal.stage, exchange=chosen.exchange
     )
     chosen.validate(workload.graph, machines, place=str(plan))
-    profile = measure_operators(
-        workload, machines, micro_batches=[chosen.micro_batch], degrees=sorted({1, chosen.tensor})
-    )
+    measured = measured_of(machines, profile, timing, profile_device, profile_source, scale_profile, profile_cluster)
+    replayed = None
+    if measured is None:
+        replayed = measure_operators(
+            workload, machines, micro_batches=[chosen.micro_batch], degrees=sorted({1, chosen.tensor})
+        )
     terminal.stage(f"Playing {steps} step{'s' if steps > 1 else ''} on {chosen.world_size} devices (seed {seed})")
-    predictor = Predictor(workload, machines, profile)
+    predictor = Predictor(workload, machines, replayed, measured=measured)
     prediction, simulation = play(
         predictor, chosen, stragglers=straggler or (), jitter=jitter, faults=fault or (), faults_file=faults,
         steps=steps, checkpoint_steps=checkpoint_steps, seed=seed,
@@ -124,8 +151,75 @@ def simulate_step(
     if json:
         rows = [row._asdict() for row in compared(prediction, simulation)]
         answer = {"seed": seed, "parts": rows, "restarts": simulation.restarts, "seconds": simulation.seconds}
+        if measured is not None:
+            answer["times"] = msgspec.to_builtins(measured.used())
         print_json({**answer, "bubble_share": simulation.bubble_share, "files": [str(file) for file in files]})
     else:
         terminal.show(step_table(prediction, simulation))
+        if measured is not None:
+            terminal.out.print(measured.used().describe(), soft_wrap=True, highlight=False)
         for file in files:
             terminal.out.print(str(file), soft_wrap=True)
+
+
+@simulations.command("memory", context_settings=SCRIPT)
+@verb
+def simulate_memory(
+    context: typer.Context,
+    target: Target,
+    cluster: ClusterOption = "local",
+    batch: Batch = None,
+    sequence: Sequence = None,
+    precision: PrecisionOption = None,
+    budgets: Annotated[
+        str, typer.Option("--budgets", help="Shares of the peak (`1,0.5`) or bytes (`8GB`), separated by commas.")
+    ] = "1,0.8,0.5,0.3",
+    policies: Annotated[
+        str | None,
+        typer.Option("--policies", help="Only these, by name: `dtr,capuchin`; all but `optimal` by default."),
+    ] = None,
+    link: Annotated[str, typer.Option("--link", help="Between device and host, each way: `12GB/s`.")] = "12GB/s",
+    disk: Annotated[
+        str | None, typer.Option("--disk", help="To and from the disk: `2GB/s`; no disk by default.")
+    ] = None,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="For each policy that searches.")] = 5.0,
+    seed: Seed = 0,
+    json: JSON = False,
+) -> None:
+    """Swap and recompute: what each policy costs to keep one device's activations within a budget.
+
+    Example: `headway simulate memory gpt2 --cluster dgx-1v --batch 4 --budgets 1,0.5 --policies dtr,capuchin`
+    """
+    from headway.cli.planning import traced
+    from headway.memory.swapping.planning import POLICIES, swap_table
+    from headway.memory.swapping.problem import Path as Way
+    from headway.report.swapping import parse_budgets, swapping_table
+    from headway.train.run import find_cluster
+    from headway.units import parse_bandwidth
+
+    terminal, workload = traced(target, context.args, batch, sequence, precision.value if precision else None)
+    machines = find_cluster(cluster, 1 if cluster == "local" else None, progress=terminal.stage)
+    accelerator = machines.accelerator_of(0)
+    rate = parse_bandwidth(link)
+    ways = [Way(tier="host", write_bytes_per_second=rate, read_bytes_per_second=rate)]
+    if disk is not None:
+        rate = parse_bandwidth(disk)
+        ways.append(Way(tier="disk", write_bytes_per_second=rate, read_bytes_per_second=rate))
+    asked = [name.strip() for name in policies.split(",")] if policies else [p for p in POLICIES if p != "optimal"]
+    terminal.stage(f"Asking {len(asked)} policies")
+    rows = swap_table(
+        workload.graph,
+        accelerator,
+        parse_budgets(budgets),
+        asked,
+        samples=workload.global_batch,
+        precision=workload.precision,
+        paths=ways,
+        seed=seed,
+        seconds=seconds,
+    )
+    if json:
+        answer = {"model": workload.graph.name, "accelerator": accelerator.name, "samples": workload.global_batch}
+        print_json({**answer, "seed": seed, "rows": [row.to_builtins() for row in rows]})
+    else:
+        terminal.show(swapping_table(workload.graph.name, workload.global_batch, accelerator.name, rows))

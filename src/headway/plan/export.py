@@ -110,6 +110,18 @@ class _Words:
             self.refuse("exchange", "that Headway carries out the collectives", "set exchange to torch")
         if plan.activations_on != "device":
             self.refuse("activations_on", "where activations rest", "set activations_on to device")
+        for field, what in (
+            ("optimizer_kept", "which fraction of the optimizer stays on the device"),
+            ("delayed_update", "that the update comes a step late"),
+            ("tiles", "that a layer is run in tiles"),
+        ):
+            if getattr(plan, field):
+                self.refuse(field, what, f"leave {field} out")
+        if plan.moments != "float32":
+            self.refuse("moments", f"moments in {plan.moments}", "set moments to float32")
+        for field in ("parameters_on", "optimizer_on"):
+            if getattr(plan, field) == "remote":
+                self.refuse(field, "states in remote memory", f"set {field} to host")
         if plan.schedule == "zero_bubble":
             self.refuse("schedule", "the ZB-H1 schedule", "use 1f1b or interleaved")
 

@@ -20,7 +20,8 @@ __all__ = ["Plan", "Stage", "single_device_plan"]
 
 Schedule = Literal["none", "gpipe", "1f1b", "interleaved", "zero_bubble"]
 Precision = Literal["float32", "bfloat16", "float16", "float8", "float4"]
-Tier = Literal["device", "host", "disk"]
+Tier = Literal["device", "host", "remote", "disk"]
+Moments = Literal["float32", "bfloat16", "int8"]
 
 
 class Stage(Value):
@@ -28,13 +29,16 @@ class Stage(Value):
 
     `recompute` lists the layers run again in backward; `recompute_attention` those of which only the attention core
     (scores, softmax, and their product with the values) is run again (selective recomputation, Korthikanti et al.,
-    MLSys 2023). `data` and `tensor`: degrees of this stage; 0 means the plan's.
+    MLSys 2023). `swap` lists the layers whose saved activations rest on the plan's `activations_on` between forward
+    and backward; empty: all that are not recomputed do, unless that is "device". `data` and `tensor`: degrees of this
+    stage; 0 means the plan's.
     """
 
     start: int
     stop: int
     recompute: tuple[int, ...] = ()
     recompute_attention: tuple[int, ...] = ()
+    swap: tuple[int, ...] = ()
     data: int = 0
     tensor: int = 0
 
@@ -60,7 +64,16 @@ class Plan(Value):
       workload's `Recipe` says otherwise. In "float8" and "float4" only matrix products are, the rest is bfloat16.
     - `shares`: micro-batches of each data-parallel replica where they differ (unequal devices); empty: all the same.
       Then `global_batch` = `micro_batch` x sum of `shares`.
-    - `parameters_on`, `optimizer_on`, `activations_on`: where each state rests between its uses.
+    - `parameters_on`, `optimizer_on`, `activations_on`: where each state rests between its uses. With the optimizer off
+      the device, its float32 master parameters and moments rest there, gradients go there as backward makes them, and
+      the device holds parameters in `precision` alone (ZeRO-Offload, Ren et al., ATC 2021; "disk" and "remote":
+      ZeRO-Infinity, Rajbhandari et al., SC 2021).
+    - `optimizer_kept`: the fraction of the optimizer's elements that stays on the device all the same.
+    - `delayed_update`: the host's update of step t runs beside step t + 1, whose gradients therefore come from
+      parameters one step old, once `delay_warmup` steps have been made without (ZeRO-Offload, section 5.2).
+    - `moments`: how an optimizer off the device keeps its moments; "int8" in blocks with a scale each.
+    - `tiles`: module path to the number of tiles in which a linear layer is run, one tile whole at a time
+      (memory-centric tiling, ZeRO-Infinity section 5.1.3).
     - `collectives`: axis ("data", "tensor", …) to the algorithm that its collectives use (`collective.algorithms`);
       an axis that is not listed: the exchange's own choice.
     - `bucket_bytes`: gradients are reduced in buckets of this size while backward goes on, if `overlap`.
@@ -90,12 +103,29 @@ class Plan(Value):
     parameters_on: Tier = "device"
     optimizer_on: Tier = "device"
     activations_on: Tier = "device"
+    optimizer_kept: float = 0.0
+    delayed_update: bool = False
+    delay_warmup: int = 40
+    moments: Moments = "float32"
+    tiles: dict[str, int] = {}
     collectives: dict[str, str] = {}
 
     @cached_property
     def is_uniform(self) -> bool:
         """Whether every stage has the plan's own degrees."""
         return not any(stage.data or stage.tensor for stage in self.stages)
+
+    @property
+    def tiers(self) -> frozenset[Tier]:
+        """Where something rests off the device; empty: nothing does."""
+        resting: tuple[Tier, ...] = (self.parameters_on, self.optimizer_on, self.activations_on)
+        return frozenset(tier for tier in resting if tier != "device")
+
+    def swapped_layers(self, stage: Stage) -> tuple[int, ...]:
+        """Layers of a stage whose saved activations rest on `activations_on`: `swap`, or all where none is listed."""
+        if self.activations_on == "device":
+            return ()
+        return stage.swap or tuple(range(stage.start, stage.stop))
 
     @property
     def world_size(self) -> int:
@@ -224,13 +254,24 @@ class Plan(Value):
             parts.append("recompute attention" + ("" if selective == layers else f" {selective}/{layers}"))
         for what in ("parameters", "optimizer", "activations"):
             if (tier := getattr(self, f"{what}_on")) != "device":
-                parts.append(f"{what} on {tier}")
+                kept = self.optimizer_kept if what == "optimizer" else 0.0
+                parts.append(f"{what} on {tier}" + (f" ({kept:.0%} kept)" if kept else ""))
+        if self.delayed_update:
+            parts.append("delayed update")
+        if self.moments != "float32":
+            parts.append(f"moments in {self.moments}")
+        swapped = sum(len(stage.swap) for stage in self.stages)
+        if swapped:
+            parts.append(f"swap {swapped}/{layers}")
+        if self.tiles:
+            parts.append(f"{len(self.tiles)} tiled")
         if self.shares:
             parts.append("shares " + "+".join(map(str, self.shares)))
         if self.precision != "float32":
             parts.append(self.precision)
         if self.exchange != "torch":
             parts.append(f"exchange by {self.exchange}")
+        parts += [f"{axis} collectives by {algorithm}" for axis, algorithm in sorted(self.collectives.items())]
         return ", ".join(parts)
 
     def validate(self, graph: Graph | None = None, cluster: Cluster | None = None, *, place: str = "plan") -> Plan:
@@ -282,6 +323,7 @@ class Plan(Value):
             refuse("tensor_sharding", "modules are split, and tensor is 1", "leave it empty")
         if self.bucket_bytes < 1:
             refuse("bucket_bytes", "must be positive")
+        self._validate_memory(refuse)
         if graph is not None:
             self._validate_graph(graph, refuse)
         if cluster is not None:
@@ -303,7 +345,7 @@ class Plan(Value):
                     "stages follow each other without gaps and none is empty",
                 )
             expected = stage.stop
-            for field in ("recompute", "recompute_attention"):
+            for field in ("recompute", "recompute_attention", "swap"):
                 for layer in getattr(stage, field):
                     if not stage.start <= layer < stage.stop:
                         refuse(f"stages[{position}].{field}", f"layer {layer} is not in this stage")
@@ -351,6 +393,23 @@ class Plan(Value):
                 "micro_batch",
                 f"{self.micro_batches} micro-batches cannot fill {self.pipeline} pipeline ranks",
                 "use a smaller micro_batch, fewer pipeline ranks, or the gpipe schedule",
+            )
+
+    def _validate_memory(self, refuse) -> None:
+        if not 0.0 <= self.optimizer_kept <= 1.0:
+            refuse("optimizer_kept", f"must lie between 0 and 1, not {self.optimizer_kept}")
+        if self.optimizer_on == "device":
+            for field, unset in (("optimizer_kept", 0.0), ("delayed_update", False), ("moments", "float32")):
+                if getattr(self, field) != unset:
+                    refuse(field, "speaks of an optimizer off the device", "set optimizer_on to host, remote or disk")
+        if self.delay_warmup < 0:
+            refuse("delay_warmup", "must not be negative")
+        for name, count in self.tiles.items():
+            if count < 2:
+                refuse(f"tiles.{name}", f"{count} tiles", "at least 2, or leave the module out")
+        if self.activations_on == "device" and any(stage.swap for stage in self.stages):
+            refuse(
+                "stages.swap", "layers are swapped, and activations rest on the device", "set activations_on to host"
             )
 
     def _validate_graph(self, graph: Graph, refuse) -> None:

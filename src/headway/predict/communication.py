@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -23,8 +23,11 @@ from headway.hardware.cluster import Cluster
 from headway.predict.efficiency import DEFAULT, efficiency_of
 
 __all__ = [
+    "Axis",
     "Channel",
     "Communication",
+    "KnownPlaces",
+    "KnownTimes",
     "all_gather_seconds",
     "all_reduce_seconds",
     "all_to_all_seconds",
@@ -45,6 +48,23 @@ _PROTOCOLS = (
 Axis = Literal["data", "tensor", "pipeline", "context", "expert", "expert_data"]
 
 
+class KnownTimes(Protocol):
+    """Times of collectives in one place that are known otherwise than by the formulas here: measured, or of programs.
+
+    `seconds` of a collective over `size_bytes` (the whole tensor); None: not known, the formula stands.
+    """
+
+    def seconds(self, kind: str, size_bytes: float) -> float | None: ...
+
+
+class KnownPlaces(Protocol):
+    """Known times of the axes of device meshes (see `Communication.channels`); None: nothing is known there."""
+
+    def place(
+        self, devices: tuple[str, ...], pipeline: int, data: int, tensor: int, axis: Axis, context: int, expert: int
+    ) -> KnownTimes | None: ...
+
+
 class Channel(NamedTuple):
     """What a group of `size` devices has to communicate with.
 
@@ -52,6 +72,7 @@ class Channel(NamedTuple):
     of the same axis are at work too. `start_seconds`: fixed cost of one collective. `backend`: "nccl" or "gloo".
     `between_nodes`: the share of hops that leave a node; `protocols`: whether NCCL's own latencies are to be added. The
     `scale_*` are measured times over those of the formulas (`Cluster.operation_scale`); `scale_scatter` 0: unknown.
+    What `known` knows goes before every formula.
     """
 
     size: int = 1
@@ -64,6 +85,7 @@ class Channel(NamedTuple):
     scale_gather: float = 1.0
     scale_scatter: float = 0.0
     scale_send: float = 1.0
+    known: KnownTimes | None = None
 
     def seconds(self, hops: float, moved_bytes: float) -> float:
         """Seconds until `moved_bytes` have passed the slowest link, after `hops` hops one behind the other."""
@@ -87,6 +109,8 @@ def all_reduce_seconds(size_bytes: float, channel: Channel) -> float:
     n = channel.size
     if n <= 1:
         return 0.0
+    if channel.known is not None and (found := channel.known.seconds("all_reduce", size_bytes)) is not None:
+        return found
     ring = channel.seconds(2 * (n - 1), 2 * size_bytes * (n - 1) / n)
     if channel.backend == "nccl" and n > 2:
         return min(ring, channel.seconds(2 * math.ceil(math.log2(n)), 2 * size_bytes))
@@ -96,7 +120,11 @@ def all_reduce_seconds(size_bytes: float, channel: Channel) -> float:
 def all_gather_seconds(size_bytes: float, channel: Channel) -> float:
     """Seconds to put together `size_bytes` (the whole result), of which each member has 1/n: (n-1)/n of it is moved."""
     n = channel.size
-    return channel.scale_gather * channel.seconds(n - 1, size_bytes * (n - 1) / n) if n > 1 else 0.0
+    if n <= 1:
+        return 0.0
+    if channel.known is not None and (found := channel.known.seconds("all_gather", size_bytes)) is not None:
+        return found
+    return channel.scale_gather * channel.seconds(n - 1, size_bytes * (n - 1) / n)
 
 
 def reduce_scatter_seconds(size_bytes: float, channel: Channel) -> float:
@@ -107,6 +135,8 @@ def reduce_scatter_seconds(size_bytes: float, channel: Channel) -> float:
     n = channel.size
     if n <= 1:
         return 0.0
+    if channel.known is not None and (found := channel.known.seconds("reduce_scatter", size_bytes)) is not None:
+        return found
     if channel.backend == "gloo" and not channel.scale_scatter:
         return all_reduce_seconds(size_bytes, channel)
     return (channel.scale_scatter or 1.0) * channel.seconds(n - 1, size_bytes * (n - 1) / n)
@@ -120,6 +150,8 @@ def broadcast_seconds(size_bytes: float, channel: Channel) -> float:
     n = channel.size
     if n <= 1:
         return 0.0
+    if channel.known is not None and (found := channel.known.seconds("broadcast", size_bytes)) is not None:
+        return found
     if channel.backend == "gloo":
         rounds = math.ceil(math.log2(n))
         return channel.seconds(rounds, rounds * size_bytes)
@@ -132,13 +164,19 @@ def all_to_all_seconds(size_bytes: float, channel: Channel) -> float:
     For a channel of the axis "expert", whose pace counts the pairs' loads.
     """
     n = channel.size
-    return channel.seconds(n - 1, size_bytes) if n > 1 else 0.0
+    if n <= 1:
+        return 0.0
+    if channel.known is not None and (found := channel.known.seconds("all_to_all", n * size_bytes)) is not None:
+        return found
+    return channel.seconds(n - 1, size_bytes)
 
 
 def send_seconds(size_bytes: float, channel: Channel) -> float:
     """Seconds to send `size_bytes` from one device to another."""
     if channel.size <= 1:
         return 0.0
+    if channel.known is not None and (found := channel.known.seconds("send", size_bytes)) is not None:
+        return found
     # A message starts no collective.
     return channel.scale_send * channel._replace(start_seconds=0.0).seconds(1, size_bytes)
 
@@ -148,19 +186,20 @@ class Communication:
 
     Nodes that are wired alike share one table of routes, so that 16,384 devices cost about as much to route as 16;
     loads are then counted over all groups exactly, in numpy. `symmetric=False` routes every pair by itself (the tests
-    compare the two).
+    compare the two). `known`: times that go before the formulas, wherever it knows them.
     """
 
-    def __init__(self, cluster: Cluster, *, symmetric: bool = True) -> None:
+    def __init__(self, cluster: Cluster, *, symmetric: bool = True, known: KnownPlaces | None = None) -> None:
         self.cluster = cluster
+        self.known = known
         kinds = {device.accelerator for device in cluster.devices}
         self.backend = "gloo" if all(cluster.accelerators[kind].torch_device == "cpu" for kind in kinds) else "nccl"
         self._on_paper = self.backend == "nccl" and not cluster.fingerprint
         achieved: dict[str, float] = {}
         if self._on_paper:
             # What NCCL gets out of links with large messages; between kinds of devices what the weaker one does.
-            known = [efficiency_of(kind) or DEFAULT for kind in cluster.accelerators.values()]
-            achieved = {"nvlink": min(one.nvlink for one in known), "network": min(one.network for one in known)}
+            reached = [efficiency_of(kind) or DEFAULT for kind in cluster.accelerators.values()]
+            achieved = {"nvlink": min(one.nvlink for one in reached), "network": min(one.network for one in reached)}
         self._wiring = _Wiring(cluster, symmetric=symmetric, achieved=achieved)
         self._position = {device.name: position for position, device in enumerate(cluster.devices)}
         self._channels: dict[tuple, tuple[Channel, ...]] = {}
@@ -193,6 +232,9 @@ class Communication:
                 found = self._along(mesh.reshape(pipeline, -1))
             else:
                 found = self._groups(pipeline, _groups_of(mesh, axis, context, expert), axis == "expert")
+            if self.known is not None and found[0].size > 1:
+                known = self.known.place(*key)
+                found = tuple(channel._replace(known=known) for channel in found)
             self._channels[key] = found
         return found
 

@@ -13,7 +13,8 @@ import msgspec
 import torch
 
 from headway.hardware.host import keep_freed_memory
-from headway.predict.profile import CrowdRequest, Replay
+from headway.predict.profile import CrowdRequest
+from headway.predict.replay import Replay
 
 __all__ = ["main"]
 

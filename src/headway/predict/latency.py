@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from headway.hardware.cluster import Accelerator
 from headway.predict.efficiency import TILE_ELEMENTS, UNALIGNED_LINEAR, Efficiency
+from headway.predict.measured import MeasuredTimes
 from headway.predict.operators import (
     WHOLE,
     Shards,
@@ -66,6 +67,7 @@ class Latency:
     `contention` and `memory_contention` (at least 1) slow computing and streaming down: what the probe saw when every
     device of the machine worked at once. A profile was measured under that load; `crowded` false takes it off again.
     `efficiency`: the constants of a GPU of the catalogue; None takes the accelerator's own figures as they are.
+    `measured`: times that go before all of that, where it knows the operator.
     """
 
     def __init__(
@@ -79,12 +81,14 @@ class Latency:
         *,
         efficiency: Efficiency | None = None,
         recipe: Recipe | None = None,
+        measured: MeasuredTimes | None = None,
     ) -> None:
         self.graph = graph
         self.accelerator = accelerator
         self.profile = profile if profile is not None and profile.is_of(accelerator) else None
         self.efficiency = efficiency if self.profile is None else None
         self.recipe = recipe or Recipe()
+        self.measured = measured
         self.contention = max(1.0, contention)
         self.memory_contention = max(1.0, memory_contention)
         share = accelerator.memory_efficiency if self.efficiency is None else self.efficiency.memory
@@ -191,7 +195,11 @@ class Latency:
     def operator_seconds(
         self, operator: Operator, samples: float, shards: Shards = WHOLE, precision: str = "float32"
     ) -> float:
-        """Seconds of one operator: measured where the profile knows it, the (calibrated) roofline elsewhere."""
+        """Seconds of one operator: measured where that is known, the (calibrated) roofline elsewhere."""
+        if self.measured is not None and not operator.is_view:
+            known = self.measured.operator_seconds(operator, samples, shards.of(operator), precision)
+            if known is not None:
+                return known / shards.degree if self._is_by_tokens(operator, shards) else known
         roofline = self.roofline_seconds(operator, samples, shards, precision)
         if self.profile is None or samples != int(samples):
             return roofline
@@ -267,7 +275,7 @@ class Latency:
         operators = self.graph.operators
         seconds: list[float] = []
         core: list[float] = []
-        started = 0
+        started = views = 0
         for group in self._fused(tuple(positions)):
             first = operators[group[0]]
             if len(group) == 1:
@@ -277,8 +285,17 @@ class Latency:
             seconds.append(taken)
             if is_attention_core(first):
                 core.append(taken)
-            started += 1 if len(group) > 1 or not first.is_view else 0
+            is_kernel = len(group) > 1 or not first.is_view
+            started += is_kernel
+            views += not is_kernel
         host = started * self.efficiency.host_seconds if self.efficiency is not None else 0.0
+        if self.profile is not None and positions:
+            is_backward = operators[next(iter(positions))].backward
+            profile = self.profile
+            host = started * (profile.host_backward_seconds if is_backward else profile.host_forward_seconds)
+            if profile.torch_device != "cpu":
+                # A view starts nothing on the device, but the host makes it all the same. On a CPU its time is above.
+                host += views * profile.view_seconds
         return math.fsum(seconds), math.fsum(core), host
 
     def _fused(self, positions: tuple[int, ...]) -> list[tuple[int, ...]]:

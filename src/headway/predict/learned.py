@@ -33,7 +33,7 @@ from headway.hardware.catalog import find_accelerator
 from headway.hardware.cluster import Accelerator
 from headway.predict.boosting import Trees, boost
 from headway.predict.database import Group, Measurement
-from headway.predict.timing import PRODUCTS, Curve, Estimate, curves, one_device
+from headway.predict.timing import PRODUCTS, Curve, Estimate, Query, Timing, curves, one_device
 from headway.workload.graph import dtype_bytes
 
 __all__ = ["Learned", "topology"]
@@ -274,7 +274,7 @@ class _Bounds(NamedTuple):
         return self.by_class.get(key) or self.by_class.get((key[0], -1)) or (-math.log(2), math.log(2))
 
 
-class Learned:
+class Learned(Timing):
     """Times of one kind of device, learned from its measurements; see the module for how.
 
     `as_profiled` (None: as the measurements show): answer as the profile at hand would, which, if it is Alpa's, sends
@@ -306,23 +306,12 @@ class Learned:
                 self._unseen, self._seen = self._topologies_left_out(), self._sizes_left_out()
                 self._twins = self._groups_left_out()
 
-    def collective(
-        self,
-        kind: str,
-        size_bytes: float,
-        *,
-        mesh: tuple[int, int],
-        group_size: int,
-        groups: int = 1,
-        stride: int = 1,
-        dtype: str = "float32",
-    ) -> Estimate:
+    def answer_collective(self, group: Group, size_bytes: float) -> Estimate:
         """Any group of a kind of collective that was measured in some group; sizes in bytes of the whole tensor.
 
         Raises InputError for a kind that was not measured, and for groups over several nodes if none was.
         """
-        group = Group(kind, dtype, *mesh, group_size, groups, stride)
-        model = self._model
+        model, kind = self._model, group.kind
         if model is None or kind not in model.kinds:
             known = ", ".join(model.kinds) if model is not None else "nothing"
             raise InputError(
@@ -348,26 +337,18 @@ class Learned:
         low, high = bounds.of(self._class(model, group, size_bytes))
         return Estimate(seconds, seconds * math.exp(min(low, 0.0)), seconds * math.exp(max(high, 0.0)), how)
 
-    def operator(
-        self,
-        operation: str,
-        dtype: str,
-        *,
-        flop: float,
-        moved_bytes: float = 0.0,
-        shape: str = "",
-        samples: int = 1,
-    ) -> Estimate:
+    def answer(self, query: Query) -> Estimate:
         """Of the very shape if it was measured; of products by FLOP; of other shapes by FLOP and bytes moved.
 
         A product in a dtype that was not measured takes as long as one in a dtype that was, whose FLOP take the same
         time at the peak rate; that needs a device of the catalogue. Raises InputError for what is not known at all.
         """
-        found = self._operators.of_shape(operation, dtype, shape, samples)
+        operation, dtype, flop = query.operation, query.dtype, query.flop
+        found = self._operators.of_shape(operation, dtype, query.shape, query.samples)
         if found is None and operation in PRODUCTS:
             found = self._product(operation, dtype, flop)
         if found is None:
-            found = self._operators.of_size(operation, dtype, flop, moved_bytes)
+            found = self._operators.of_size(operation, dtype, flop, query.moved_bytes)
         if found is None:
             raise InputError(
                 f"{operation} in {dtype} was not measured on {self.device}, nor anything like it",
@@ -595,7 +576,7 @@ class _Operators:
             errors = np.abs(np.log(np.maximum(columns @ constants, 1e-12) / seconds))
             self.fits[name, dtype] = constants, float(np.quantile(errors, 0.9))
 
-    def of_shape(self, operation: str, dtype: str, shape: str, samples: int) -> Estimate | None:
+    def of_shape(self, operation: str, dtype: str, shape: str, samples: float) -> Estimate | None:
         curve = self.shapes.get((operation, dtype, shape))
         return None if curve is None else _bounded(curve.at(samples), curve.spread(), "measured, between sample counts")
 

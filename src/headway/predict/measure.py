@@ -10,7 +10,8 @@ import torch
 
 from headway.errors import DoesNotFitError, InputError
 from headway.hardware.cluster import Cluster
-from headway.predict.profile import Profile, replayed_positions
+from headway.predict.profile import Profile
+from headway.predict.replay import replayed_positions
 from headway.units import format_bytes
 from headway.workload.graph import Graph, Workload, dtype_bytes
 

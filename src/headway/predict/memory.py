@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from headway.plan.plan import Stage
+from headway.predict.autocast import autocast_surplus
 from headway.predict.operators import Shards, operator_name
 from headway.workload.graph import Graph, Parameter, TensorKind, dtype_bytes
 
@@ -176,6 +177,7 @@ class Sizes:
             tuple(classes[stage.start : stage.stop]),
             tuple(at - stage.start for at in stage.recompute),
             tuple(at - stage.start for at in stage.recompute_attention),
+            tuple(at - stage.start for at in stage.swap),
             stage.start == 0,
             stage.stop == last,
             stage.data,
@@ -375,8 +377,10 @@ class Sizes:
         core = layer.attention.core_saved.at(samples) * scale * share if layer.attention is not None else 0.0
         own = self.parameters(at, at + 1, shards)
         if by.low and by.keeping.autocast:
-            # Autocast keeps a low-precision copy of each weight from forward to backward.
+            # Autocast keeps a low-precision copy of each weight from forward to backward, and more of some activations.
             saved += own.bytes / 2
+            for tensor, times in autocast_surplus(self.graph, at):
+                saved += times * _bytes(tensor, samples) * scale / by.keeping.context
         return (
             saved,
             min(core, saved),

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import NamedTuple
+
+import msgspec
 
 from headway.workload.graph import Operator, TensorKind, dtype_bytes
 
 __all__ = [
     "WHOLE",
     "Shards",
+    "computed_dtype",
     "elements_of",
     "is_matrix_operator",
     "needs_full_precision",
     "operator_bytes",
+    "operator_key",
     "operator_name",
     "sharded_shape",
     "tensor_bytes",
@@ -112,3 +117,17 @@ def operator_bytes(operator: Operator, samples: float, degree: int = 1, precisio
         return 2 * written
     read = sum(tensor_bytes(operator, kind, dim, samples, degree, low) for kind, dim in zip(operator.inputs, in_dims))
     return read + written
+
+
+def operator_key(operator: Operator, degree: int, precision: str) -> str:
+    """What an operator's time depends on, samples aside: name, arguments, shapes and dtypes, precision, sharding."""
+    dims = (*operator.sharded_inputs, -2, *operator.sharded_outputs) if degree > 1 else ()
+    content = (operator.target, operator.arguments, operator.keywords, operator.inputs, degree, dims, precision)
+    return f"{operator_name(operator)} {hashlib.sha256(msgspec.json.encode(content)).hexdigest()[:24]}"
+
+
+def computed_dtype(operator: Operator, precision: str) -> str:
+    """The dtype that an operator computes in: `precision` for what autocast lowers, else that of its first input."""
+    if precision != "float32" and is_matrix_operator(operator):
+        return precision
+    return operator.inputs[0].dtype if operator.inputs else "float32"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["Exchange", "Parts", "RankParts", "StageParts"]
+__all__ = ["Exchange", "Offload", "Parts", "RankParts", "StageParts"]
 
 
 class Exchange(NamedTuple):
@@ -61,6 +61,27 @@ class StageParts(NamedTuple):
         return self.backward + sum(exchange.exposed_backward for exchange in self.exchanges)
 
 
+class Offload(NamedTuple):
+    """An update away from the device, in seconds: each by itself.
+
+    `out`: gradients on their way to the tier, beside the last backward pass; `exposed_out`: the part of it that shows.
+    `update`: the host's arithmetic; `states`: optimizer states read from another tier and written back; `back`: updated
+    parameters to the device. The three go beside each other, chunk by chunk: `seconds`. `kept`: the device's own part.
+    """
+
+    out: float
+    exposed_out: float
+    update: float
+    states: float
+    back: float
+    kept: float
+
+    @property
+    def seconds(self) -> float:
+        """From the last gradient that arrived to the last parameter that is back."""
+        return max(self.update, self.states, self.back)
+
+
 class RankParts(NamedTuple):
     """What a pipeline rank does once in a step, in seconds."""
 
@@ -69,6 +90,8 @@ class RankParts(NamedTuple):
     update: float = 0.0  # the optimizer, with the transfers of its states where they rest elsewhere
     after: float = 0.0  # updated parameters sent to the other replicas
     tied: float = 0.0  # the part of `gradients` that sums tied parameters over pipeline ranks
+    background: float = 0.0  # a delayed update, beside the next step; no step is shorter
+    offload: Offload | None = None  # what `update` and `background` are made of, where the optimizer rests elsewhere
 
 
 class Parts(NamedTuple):

@@ -13,6 +13,8 @@ class Memory(Value):
     `workspace_bytes` counts temporaries, with the allocator's rounding and what it holds in pieces too small to use.
     `outside_bytes` are held by no allocator: the CUDA context with its kernels, and NCCL's buffers. nvidia-smi shows
     them, torch.cuda.max_memory_reserved does not: that is `allocator_bytes`.
+    `host_bytes`, `remote_bytes` and `disk_bytes` are what the rank has beyond its device, buffers included (`tiers`);
+    of the host's, `pinned_bytes` are page-locked. They are not in `total_bytes`.
     """
 
     parameters_bytes: float = 0.0
@@ -22,6 +24,16 @@ class Memory(Value):
     communication_bytes: float = 0.0
     workspace_bytes: float = 0.0
     outside_bytes: float = 0.0
+    host_bytes: float = 0.0
+    remote_bytes: float = 0.0
+    disk_bytes: float = 0.0
+    pinned_bytes: float = 0.0
+
+    @property
+    def tiers(self) -> dict[str, float]:
+        """Bytes off the device, by tier; tiers that hold nothing are left out."""
+        held = {"host": self.host_bytes, "remote": self.remote_bytes, "disk": self.disk_bytes}
+        return {tier: size for tier, size in held.items() if size}
 
     @property
     def allocator_bytes(self) -> float:

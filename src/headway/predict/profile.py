@@ -34,33 +34,26 @@ from headway.hardware.cluster import Accelerator
 from headway.hardware.host import keep_freed_memory
 from headway.predict.database import Database, Measurement, default_database
 from headway.predict.operators import (
-    WHOLE,
-    Shards,
-    is_matrix_operator,
-    needs_full_precision,
+    computed_dtype,
     operator_bytes,
+    operator_key,
     operator_name,
-    sharded_shape,
 )
+from headway.predict.replay import Replay, replayed_positions
 from headway.value import Value
 from headway.workload.graph import Graph, Operator
 
 __all__ = [
     "CrowdRequest",
     "Profile",
-    "Replay",
-    "computed_dtype",
     "default_cache",
-    "operator_key",
-    "replayed_positions",
 ]
 
 _REPEATS = 5
-_CACHE_BYTES = 128 * 2**20  # more than the last-level cache of one rank
 # Enough parameters to be out of every cache, few enough to update in a moment.
 _UPDATE_ELEMENTS = 2**24
 # Tables outlive versions of this module: a change of what is measured, or how, needs a new number.
-_VERSION = 3
+_VERSION = 4
 
 
 class Profile(Value):
@@ -68,8 +61,9 @@ class Profile(Value):
 
     `seconds`: key of an operator (see `operator_key`) → samples → seconds. `forward_overhead_seconds` and
     `backward_overhead_seconds` are what autograd and module calls add to each operator of a real step. `unreplayed`
-    counts the operators that have no measurement, by name. `quiet_share`: time of one process that computes alone, over
-    its time among `concurrent` ones.
+    counts the operators that have no measurement, by name. `host_forward_seconds` and `host_backward_seconds`: what the
+    host needs to start an operator of a GPU in a real step; while that is more than the GPU needs, the GPU waits.
+    `quiet_share`: time of one process that computes alone, over its time among `concurrent` ones.
     """
 
     torch_device: str = "cpu"
@@ -79,6 +73,8 @@ class Profile(Value):
     view_seconds: float = 0.0
     forward_overhead_seconds: float = 0.0
     backward_overhead_seconds: float = 0.0
+    host_forward_seconds: float = 0.0
+    host_backward_seconds: float = 0.0
     optimizer_element_seconds: float = 0.0
     optimizer_tensor_seconds: float = 0.0
     unreplayed: dict[str, int] = {}
@@ -97,7 +93,7 @@ class Profile(Value):
         """
         overhead = self.backward_overhead_seconds if operator.backward else self.forward_overhead_seconds
         if operator.is_view:
-            return self.view_seconds + overhead
+            return self.view_seconds + overhead if self.torch_device == "cpu" else 0.0
         found = self.measured_seconds(operator, samples, degree, precision)
         return (roofline_seconds if found is None else found) + overhead
 
@@ -164,6 +160,8 @@ class Profile(Value):
             view_seconds=overheads[0],
             forward_overhead_seconds=overheads[1],
             backward_overhead_seconds=overheads[2],
+            host_forward_seconds=overheads[3 if precision == "float32" else 5],
+            host_backward_seconds=overheads[4 if precision == "float32" else 6],
             optimizer_element_seconds=update[0],
             optimizer_tensor_seconds=update[1],
             unreplayed=dict(unreplayed),
@@ -173,20 +171,6 @@ class Profile(Value):
 
 _OVERHEADS = "overheads"
 _QUIET = "quiet"
-
-
-def operator_key(operator: Operator, degree: int, precision: str) -> str:
-    """What an operator's time depends on, samples aside: name, arguments, shapes and dtypes, precision, sharding."""
-    dims = (*operator.sharded_inputs, -2, *operator.sharded_outputs) if degree > 1 else ()
-    content = (operator.target, operator.arguments, operator.keywords, operator.inputs, degree, dims, precision)
-    return f"{operator_name(operator)} {hashlib.sha256(msgspec.json.encode(content)).hexdigest()[:24]}"
-
-
-def computed_dtype(operator: Operator, precision: str) -> str:
-    """The dtype that an operator computes in: `precision` for what autocast lowers, else that of its first input."""
-    if precision != "float32" and is_matrix_operator(operator):
-        return precision
-    return operator.inputs[0].dtype if operator.inputs else "float32"
 
 
 def _interpolated(operator: Operator, measured: dict[int, float], samples: int) -> float:
@@ -311,19 +295,6 @@ class CrowdRequest(Value):
     threads: int
 
 
-def replayed_positions(graph: Graph) -> list[int]:
-    """Positions of the operators that are replayed, in order of execution: of up to three layers of each kind."""
-    seen: Counter[str] = Counter()
-    chosen: set[int] = set()
-    for at, layer in enumerate(graph.layers):
-        kind = layer.signature or str(at)
-        seen[kind] += 1
-        if seen[kind] <= 3:
-            chosen.update(layer.forward)
-            chosen.update(layer.backward)
-    return sorted(chosen)
-
-
 def _covered(graph: Graph, case: tuple[int, int], precision: str, known: dict[str, dict[int, float]]) -> bool:
     """Whether a case has been measured before: a marker says so, as some operators cannot be replayed."""
     return case[0] in known.get(_marker(graph, case[1], precision), {})
@@ -391,6 +362,9 @@ def _measure_all(
 ) -> dict[str, dict[int, float]]:
     keep_freed_memory()
     measured: dict[str, dict[int, float]] = defaultdict(dict)
+    if torch_device == "cuda" and cases:
+        # The first calls load libraries and choose kernels, which takes seconds and must not count against the budget.
+        Replay(graph, *cases[0], precision, torch_device).run()
     start = time.perf_counter()
     last = 0.0
     for done, (samples, degree) in enumerate(cases):
@@ -431,212 +405,6 @@ def _quiet_share(
     return {_QUIET: {0: min(1.0, alone / among)}} if among else {}
 
 
-class Replay:
-    """Runs some layers of a graph, operator by operator, with real tensors flowing along its edges."""
-
-    def __init__(self, graph: Graph, samples: int, degree: int, precision: str, torch_device: str) -> None:
-        self.graph = graph
-        self.samples = samples
-        self.precision = precision
-        self.device = torch.device(torch_device)
-        self.shards = Shards(degree, frozenset(range(len(graph.blocks)))) if degree > 1 else WHOLE
-        self.positions = replayed_positions(graph)
-        self.keys = {
-            at: operator_key(graph.operators[at], degree if graph.operators[at].is_sharded else 1, precision)
-            for at in self.positions
-        }
-        self.parameters = {parameter.tensor for parameter in graph.parameters if parameter.tensor >= 0}
-        self.given: dict[int, torch.Tensor] = {}  # tensors that no replayed operator makes
-        self.refused: set[int] = set()
-        self.last_use: dict[int, int] = {}
-        for at in self.positions:
-            for tensor in graph.operators[at].input_tensors:
-                self.last_use[tensor] = at
-        # What nobody reads (gradients of parameters) stays until the pass ends, as it stays until the update.
-        self.flush = torch.empty(0 if torch_device != "cpu" else _CACHE_BYTES // 4)
-
-    def run(self) -> dict[str, float]:
-        """One pass: key of each operator that could be replayed, and its mean time in seconds."""
-        live: dict[int, torch.Tensor] = {}
-        total: dict[str, float] = defaultdict(float)
-        count: Counter[str] = Counter()
-        pending: list[tuple[str, Any, Any]] = []
-        with torch.no_grad():
-            # The update comes between two steps, and leaves nothing of the last one in the caches.
-            self.flush.fill_(0.0)
-            for at in self.positions:
-                operator = self.graph.operators[at]
-                inputs = [self._input(operator, index, live) for index in range(len(operator.inputs))]
-                seconds = self._execute(at, operator, inputs, live, pending)
-                if seconds is not None and not operator.is_view:
-                    total[self.keys[at]] += seconds
-                    count[self.keys[at]] += 1
-                for tensor in (*operator.input_tensors, *operator.output_tensors):
-                    if self.last_use.get(tensor) == at:
-                        live.pop(tensor, None)
-        if pending:
-            torch.cuda.synchronize()
-            for key, start, stop in pending:
-                total[key] += start.elapsed_time(stop) / 1e3
-                count[key] += 1
-        return {key: total[key] / count[key] for key in total}
-
-    def _input(self, operator: Operator, index: int, live: dict[int, torch.Tensor]) -> torch.Tensor:
-        identity = operator.input_tensors[index] if index < len(operator.input_tensors) else -1
-        found = live.get(identity)
-        if found is not None:
-            return found
-        key = identity if identity >= 0 else -1 - index
-        found = self.given.get(key)
-        dims = operator.sharded_inputs if self.shards.of(operator) > 1 else ()
-        dim = dims[index] if dims else -1
-        shape = sharded_shape(operator.inputs[index], self.samples, dim, self.shards.degree)
-        if found is None or tuple(found.shape) != shape:
-            made = _random(operator, index, shape, self.samples, identity in self.parameters).to(self.device)
-            # Tensors of one number are one tensor; what has no number is made once for each shape.
-            found = self.given[key] = made
-        return found
-
-    def _execute(
-        self, at: int, operator: Operator, inputs: list[torch.Tensor], live: dict[int, torch.Tensor],
-        pending: list[tuple[str, Any, Any]],
-    ) -> float | None:  # fmt: skip
-        if at in self.refused:
-            return None
-        try:
-            function = _function(operator.target)
-            swap = self._swap(operator)
-            arguments, keywords = _call(function, operator, inputs, self.samples, swap)
-            casts = self._casts(operator, function)
-            if self.device.type == "cuda":
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                begin.record()
-                result = function(*casts(arguments), **casts(keywords))
-                end.record()
-                if not operator.is_view:
-                    pending.append((self.keys[at], begin, end))
-                seconds = None
-            else:
-                start = time.perf_counter()
-                result = function(*casts(arguments), **casts(keywords))
-                seconds = time.perf_counter() - start
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError):
-            # Not every call can be made again (a size that sharding changes, a layout that the trace does not keep).
-            # Its roofline stands in, `Profile.unreplayed` names it, and what it should make is made up on demand.
-            self.refused.add(at)
-            return None
-        results = result if isinstance(result, tuple | list) else [result]
-        made = [item for item in results if isinstance(item, torch.Tensor)]
-        for identity, tensor in zip(operator.output_tensors, made):
-            live[identity] = tensor
-        return seconds
-
-    def _swap(self, operator: Operator) -> dict[tuple[int, ...], tuple[int, ...]]:
-        """Whole shapes to sharded ones, for operators that are told the shape of their result."""
-        degree = self.shards.of(operator)
-        if degree == 1:
-            return {}
-        pairs = zip((*operator.inputs, *operator.outputs), (*operator.sharded_inputs, *operator.sharded_outputs))
-        return {
-            kind.shape(self.samples): sharded_shape(kind, self.samples, dim, degree) for kind, dim in pairs if dim >= 0
-        }
-
-    def _casts(self, operator: Operator, function: Any) -> Callable[[Any], Any]:
-        """What autocast does to the arguments; it is timed, as it takes time in a real step too."""
-        if self.precision == "float32" or operator.is_view:
-            return lambda tree: tree
-        if is_matrix_operator(operator):
-            # The statistics that attention keeps for its backward pass stay in float32.
-            names = [argument.name for argument in function._schema.arguments]
-            whole = names.index("logsumexp") if "logsumexp" in names else -1
-
-            def lower(tree: Any) -> Any:
-                if isinstance(tree, list):
-                    return [
-                        item if at == whole else _map_floating(item, torch.bfloat16) for at, item in enumerate(tree)
-                    ]
-                return _map_floating(tree, torch.bfloat16)
-
-            return lower
-        if needs_full_precision(operator):
-            return lambda tree: _map_floating(tree, torch.float32)
-        return lambda tree: tree
-
-
-def _map_floating(tree: Any, dtype: torch.dtype) -> Any:
-    if isinstance(tree, torch.Tensor):
-        return tree.to(dtype) if tree.is_floating_point() else tree
-    if isinstance(tree, list | tuple):
-        return type(tree)(_map_floating(item, dtype) for item in tree)
-    if isinstance(tree, dict):
-        return {name: _map_floating(item, dtype) for name, item in tree.items()}
-    return tree
-
-
-def _random(operator: Operator, index: int, shape: tuple[int, ...], samples: int, is_parameter: bool) -> torch.Tensor:
-    dtype = getattr(torch, operator.inputs[index].dtype)
-    if dtype.is_floating_point or dtype.is_complex:
-        made = torch.randn(shape) * 0.02 if is_parameter else torch.rand(shape) + 0.5
-        return made.to(dtype)
-    if dtype is torch.bool:
-        return torch.rand(shape) < 0.5
-    # Indices: zero is always valid; where the range is known, values spread over it as real ones do.
-    return torch.randint(_index_range(operator, index, samples), shape, dtype=dtype)
-
-
-def _index_range(operator: Operator, index: int, samples: int) -> int:
-    name = operator_name(operator)
-    if name == "embedding" and index == 1:
-        return operator.inputs[0].shape(samples)[0]
-    if name == "embedding_dense_backward" and index == 1:
-        rows = operator.arguments[2]
-        return rows if isinstance(rows, int) else 1
-    if name.startswith("nll_loss"):
-        target = 2 if name.endswith("backward") else 1
-        classes = operator.inputs[target - 1].shape(samples)
-        return classes[1] if index == target and len(classes) > 1 else 1
-    return 1
-
-
-def _function(target: str) -> Any:
-    found: Any = torch.ops
-    for part in target.split("."):
-        found = getattr(found, part)
-    return found
-
-
-def _call(
-    function: Any, operator: Operator, inputs: list[torch.Tensor], samples: int,
-    swap: dict[tuple[int, ...], tuple[int, ...]],
-) -> tuple[list[Any], dict[str, Any]]:  # fmt: skip
-    """`Operator.arguments` and `keywords` as torch takes them."""
-    schema = function._schema.arguments
-    types = {argument.name: str(argument.type) for argument in schema}
-    device = next((tensor.device for tensor in inputs), torch.device("cpu"))
-
-    def decode(value: Any, kind: str) -> Any:
-        if isinstance(value, dict):
-            if "tensor" in value:
-                return inputs[value["tensor"]]
-            if "dtype" in value:
-                return getattr(torch, value["dtype"])
-            return value["fixed"] + value["per_sample"] * samples
-        if isinstance(value, list | tuple):
-            items = [decode(item, kind) for item in value]
-            if swap and all(isinstance(item, int) for item in items):
-                return list(swap.get(tuple(items), items))
-            return items
-        if isinstance(value, str) and "str" not in kind:
-            if "Device" in kind or value.split(":")[0] in ("cpu", "cuda", "meta"):
-                return device
-            return float(value) if value in ("inf", "-inf", "nan") else getattr(torch, value)
-        return value
-
-    names = [argument.name for argument in schema]
-    arguments = [decode(value, types[names[at]]) for at, value in enumerate(operator.arguments)]
-    return arguments, {name: decode(value, types.get(name, "")) for name, value in operator.keywords.items()}
-
-
 # ---------------------------------------------------------------------------------------------------------- constants
 
 
@@ -657,7 +425,7 @@ def _timed(action: Callable[[], Any], device: str, repeats: int = 30) -> float:
 
 def _constants(graph: Graph, optimizer: str, update_key: str, device: str) -> dict[str, dict[int, float]]:
     return {
-        _OVERHEADS: dict(enumerate(_overheads(device))),
+        _OVERHEADS: dict(enumerate((*_overheads(device), *_host(device, "float32"), *_host(device, "bfloat16")))),
         update_key: dict(enumerate(_update(graph, optimizer, device))),
     }
 
@@ -706,6 +474,33 @@ def _overheads(device: str) -> tuple[float, float, float]:
 
     backward = _timed(both, device) - forward
     return view, max(0.0, forward - bare_forward) / (3 * depth), max(0.0, backward - bare_backward) / (10 * depth)
+
+
+def _host(device: str, precision: str) -> tuple[float, float]:
+    """Seconds that the host needs to start an operator of a GPU, forward and backward; 0 where there is no GPU.
+
+    Measured on a stack of layers so small that the GPU waits for the host all the time, through modules, autograd and
+    autocast, for each operator that is no view: two forward and four backward in each layer.
+    """
+    if device == "cpu":
+        return 0.0, 0.0
+    depth, width = 32, 64
+    stack = torch.nn.Sequential()
+    for _ in range(depth):
+        stack.extend([torch.nn.Linear(width, width), torch.nn.Tanh()])
+    stack.to(device)
+    x = torch.randn(8, width, device=device)
+
+    def there() -> torch.Tensor:
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=precision != "float32"):
+            return stack(x)
+
+    def both() -> None:
+        stack.zero_grad(set_to_none=True)
+        there().sum().backward()
+
+    forward = _timed(there, device)
+    return forward / (2 * depth), max(0.0, _timed(both, device) - forward) / (4 * depth)
 
 
 def _update(graph: Graph, name: str, device: str) -> tuple[float, float]:

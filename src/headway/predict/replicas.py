@@ -9,8 +9,9 @@ from headway.plan.plan import Plan, Stage
 from headway.predict import communication as comm
 from headway.predict.communication import Channel
 from headway.predict.operators import Shards
-from headway.predict.parts import RankParts
-from headway.predict.stage import Channels, StageTimes, repeated
+from headway.predict.parts import Offload, RankParts
+from headway.predict.stage import Channels, StageTimes, hidden_behind, repeated
+from headway.predict.tiers import moments_bytes, wire_bytes
 
 __all__ = ["ReplicaTimes"]
 
@@ -71,13 +72,45 @@ class ReplicaTimes:
                 sum(self.sizes.sharded(stage.start, stage.stop, shards, replicas)[0] for stage in held)
             )  # fmt: skip
         tied = self._tied_seconds(plan, rank, shards, along)
-        update = self._update_seconds(plan, elements, gradient_bytes, tensors, kinds, crowded)
-        return RankParts(exposed + tied, exchanged, update, after, tied)
+        cover, last = self._beside_backward(plan, rank, held[0], shards, kinds, exposed)
+        update, background, offload = self._update(plan, elements, gradient_bytes, tensors, kinds, crowded, cover, last)
+        return RankParts(exposed + tied, exchanged, update, after, tied, background, offload)
 
-    def _update_seconds(
+    def _beside_backward(
+        self, plan: Plan, rank: int, first: Stage, shards: Shards, kinds: tuple[Accelerator, ...], reducing: float
+    ) -> tuple[float, float]:
+        """Seconds that gradients have to leave the device while the last micro-batch goes backward and is reduced.
+
+        Counted from when the last layer's are made; and the share of the gradients that the first layer's are, which
+        are made last. `first`: the stage that goes backward last.
+        """
+        if plan.optimizer_on == "device":
+            return 0.0, 0.0
+        samples = plan.samples_of(rank) / plan.context
+        times = [
+            self.stages.layer_times(kind, len(plan.devices) > 1, samples, shards, plan.precision) for kind in kinds
+        ]
+        again = set(first.recompute)
+
+        def seconds(start: int, stop: int) -> float:
+            found = max(one.backward[stop] - one.backward[start] for one in times)
+            return found + sum(
+                times[0].forward[at + 1] - times[0].forward[at] for at in range(start, stop) if at in again
+            )
+
+        size = self.sizes.parameters(first.start, first.stop, shards).trainable_elements
+        own = self.sizes.parameters(first.start, first.start + 1, shards).trainable_elements
+        return seconds(first.start, first.stop - 1) + reducing, own / max(size, 1)
+
+    def _update(
         self, plan: Plan, elements: float, gradient_bytes: float, tensors: int, kinds: tuple[Accelerator, ...],
-        crowded: bool,
-    ) -> float:  # fmt: skip
+        crowded: bool, cover: float, last: float,
+    ) -> tuple[float, float, Offload | None]:  # fmt: skip
+        """(seconds that show, seconds beside the next step, their parts) of the optimizer.
+
+        `cover`: seconds of the last backward pass beside which gradients leave for another tier; `last`: the share of
+        them that the last layer makes.
+        """
         recipe, optimizer = self.workload.recipe, self.workload.optimizer
         traffic = optimizer.traffic_bytes_per_element
         latencies = [self.stages.latency(kind, crowded) for kind in kinds]
@@ -85,18 +118,36 @@ class ReplicaTimes:
         if recipe.framework != "headway":
             # The gradients' norm is taken, they are scaled by it, and set to zero for the next step.
             besides = max(latency.streaming_seconds(4 * gradient_bytes) for latency in latencies)
+        kept = elements if plan.optimizer_on == "device" else elements * plan.optimizer_kept
+        count = math.ceil(tensors * kept / elements) if elements else tensors
+        here = (
+            max(latency.update_seconds(kept, count, traffic) for latency in latencies) if kept or not elements else 0.0
+        )
         if plan.optimizer_on == "device" or not elements:
-            return besides + max(latency.update_seconds(elements, tensors, traffic) for latency in latencies)
-        device = plan.devices[0]
-        element = gradient_bytes / max(elements, 1.0) if plan.zero_stage == 0 else recipe.gradient_bytes
-        # Gradients go to the host and parameters come back while the host updates what has arrived.
-        copies = elements * (element + recipe.parameter_bytes) / self.stages.tier_rate("host", device)
-        host = elements * traffic / self.stages.host_rate(device)
-        disk = 0.0
-        if plan.optimizer_on == "disk":
-            states = optimizer.state_bytes_per_element + recipe.master_bytes
-            disk = 2 * elements * states / self.stages.tier_rate("disk", device)
-        return besides + max(copies, host, disk)
+            return besides + here, 0.0, None
+        device, tiers = plan.devices[0], self.stages.tiers
+        away = elements - kept
+        host = tiers.copy_rate("host", device)
+        moments = moments_bytes(optimizer.state_bytes_per_element, plan.moments)
+        update = away * (traffic - 2 * (optimizer.state_bytes_per_element - moments)) / tiers.update_rate(device)
+        states = 0.0
+        if plan.optimizer_on != "host":
+            master = 4.0 if recipe.framework == "headway" else recipe.master_bytes
+            states = 2 * away * (master + moments) / tiers.copy_rate(plan.optimizer_on, device)
+        if recipe.framework == "headway":
+            out = back = away * wire_bytes(plan.precision) / host
+            exposed = out
+            if self.stages.overlaps(plan, kinds):
+                # The last layer's leave when backward is through.
+                exposed = max(last * out, hidden_behind(out, cover, 0.0))
+        else:
+            # They go out when the step is done, in the same pass as parameters come back.
+            element = gradient_bytes / max(elements, 1.0) if plan.zero_stage == 0 else recipe.gradient_bytes
+            out, exposed, back = 0.0, 0.0, away * (element + recipe.parameter_bytes) / host
+        parts = Offload(out, exposed, update, states, back, here)
+        if plan.delayed_update:
+            return besides + here + exposed, parts.seconds, parts
+        return besides + exposed + max(here, parts.seconds), 0.0, parts
 
     def _reduce_seconds(
         self, plan: Plan, rank: int, held: list[Stage], gradient_bytes: float, shards: Shards,
@@ -168,7 +219,7 @@ class ReplicaTimes:
                 if any(stage.start <= layer < stage.stop for layer in layers)
             }
             if len(holders) > 1 and rank in holders:
-                channel = along[rank]._replace(size=len(holders))
+                channel = along[rank]._replace(size=len(holders), known=None)
                 size = self.sizes.local_bytes(parameter, shards)
                 if recipe.framework != "headway":
                     size *= recipe.gradient_bytes / 4

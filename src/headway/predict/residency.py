@@ -23,9 +23,11 @@ import msgspec
 from headway.hardware.cluster import Cluster
 from headway.plan.plan import Plan, Stage
 from headway.predict.memory import ActivationBytes, Keeping, Sizes
-from headway.predict.operators import WHOLE, Shards
+from headway.predict.operators import Shards
 from headway.predict.pipeline import in_flight
 from headway.predict.prediction import Memory
+from headway.predict.splits import Splits
+from headway.predict.tiers import keeps_masters, moments_bytes, rest
 from headway.timeline import Timeline
 from headway.units import format_bytes
 from headway.workload.graph import Workload
@@ -55,6 +57,9 @@ _INPUT_BYTES = {"float8": 1.0, "float4": 0.5625}
 # Share of what is allocated at the peak that torch's caching allocator holds on top: blocks are rounded to 2 MiB, and
 # what one phase frees in small pieces the next cannot use for large ones.
 _FRAGMENTATION = 0.04
+# torch gives cuBLAS this much room on Hopper and later, less before (seen on an H100: the first product took 32 MiB).
+# Of a GPU that was probed; what is fitted for the catalogue's covers it.
+_CUBLAS_BYTES = 32 * 2.0**20
 # DeepSpeed's defaults, in elements: reduce_bucket_size, and of ZeRO 3 max_live_parameters and sub_group_size.
 _DEEPSPEED_BUCKET_ELEMENTS = 5e8
 _DEEPSPEED_LIVE_ELEMENTS = 1e9
@@ -81,7 +86,7 @@ class _States(NamedTuple):
     """Bytes of states on one rank, and of what moves them.
 
     `update`: temporaries of the update, when activations are gone. `working`: gradients on their way while a layer goes
-    backward. `largest`: parameters of the layer that has most, as they are computed with.
+    backward. `largest`: parameters of the layer that has most, as they are computed with. `updated`: elements.
     """
 
     parameters: float
@@ -91,19 +96,19 @@ class _States(NamedTuple):
     update: float
     working: float = 0.0
     largest: float = 0.0
+    updated: float = 0.0
 
 
 class Residency:
     """Memory of plans of one workload on one cluster; what plans share is computed once."""
 
-    def __init__(self, workload: Workload, cluster: Cluster, sizes: Sizes) -> None:
+    def __init__(self, workload: Workload, cluster: Cluster, sizes: Sizes, splits: Splits | None = None) -> None:
         self.workload = workload
         self.sizes = sizes
         self._kind_of = {device.name: device.accelerator for device in cluster.devices}
         self._is_cpu = {kind.name: kind.torch_device == "cpu" for kind in cluster.accelerators.values()}
-        self._shards: dict[tuple[int, frozenset[str]], Shards] = {}
-        # By the identity of a plan's `tensor_sharding`, which plans of one search share and nobody changes.
-        self._shards_by_identity: dict[tuple[int, int], tuple[dict, Shards]] = {}
+        self._is_probed = {kind.name: kind.source == "measured" for kind in cluster.accelerators.values()}
+        self.splits = splits or Splits(workload.graph)
         self._updated: dict[tuple, tuple[int, ...]] = {}
         self._ranks: dict[tuple, Memory] = {}
 
@@ -135,7 +140,7 @@ class Residency:
 
     def _updated_by(self, plan: Plan, rank: int, replicas: int, tensor: int) -> tuple[int, ...]:
         """Elements that each of the replicas of a pipeline rank updates under ZeRO-1."""
-        shards = self.shards_of(plan, tensor)
+        shards = self.shards_of(plan, rank)
         held = tuple((plan.stages[at].start, plan.stages[at].stop) for at in plan.stages_of(rank))
         key = (held, shards, replicas)
         found = self._updated.get(key)
@@ -144,28 +149,9 @@ class Residency:
             found = self._updated[key] = tuple(sum(part[at][0] for part in parts) for at in range(replicas))
         return found
 
-    def shards_of(self, plan: Plan, tensor: int) -> Shards:
-        """How a stage of that tensor-parallel degree divides the model under `plan`."""
-        if tensor == 1:
-            return WHOLE
-        known = self._shards_by_identity.get((tensor, id(plan.tensor_sharding)))
-        if known is None or known[0] is not plan.tensor_sharding:
-            known = (plan.tensor_sharding, self._find_shards(plan, tensor))
-            self._shards_by_identity[tensor, id(plan.tensor_sharding)] = known
-        return known[1]
-
-    def _find_shards(self, plan: Plan, tensor: int) -> Shards:
-        key = (tensor, frozenset(plan.tensor_sharding))
-        found = self._shards.get(key)
-        if found is None:
-            chosen = key[1]
-            blocks = frozenset(
-                position
-                for position, block in enumerate(self.workload.graph.blocks)
-                if chosen.issuperset(block.columns) and chosen.issuperset(block.rows)
-            )
-            found = self._shards[key] = Shards(tensor, blocks)
-        return found
+    def shards_of(self, plan: Plan, rank: int = 0) -> Shards:
+        """How tensor parallelism divides the model on a pipeline rank (`Splits.of`)."""
+        return self.splits.of(plan, rank)
 
     # -- states
 
@@ -189,8 +175,23 @@ class Residency:
             # the others' gradients are added.
             apart = replicas > 1 and (framework != "headway" or plan.micro_batches > 1)
             buckets = held.gradients if apart else 0.0
-            states = _States(held.parameters, held.gradients, self._optimizer(mine), buckets, self._temporary(mine))
-        return states._replace(parameters=states.parameters + self.workload.graph.buffer_bytes, largest=held.largest)
+            states = _States(
+                held.parameters, held.gradients, self._optimizer(mine), buckets, self._temporary(mine), updated=mine
+            )
+        states = states._replace(largest=held.largest)
+        if self._is_lean(plan):
+            # Parameters and gradients in 16 bits alone; the part that is updated here has float32 copies here.
+            states = states._replace(
+                parameters=states.parameters / 2, gradients=states.gradients / 2,
+                communication=states.communication / 2, largest=states.largest / 2,
+                optimizer=states.optimizer + 4.0 * states.updated,
+            )  # fmt: skip
+        return states._replace(parameters=states.parameters + self.workload.graph.buffer_bytes)
+
+    def _is_lean(self, plan: Plan) -> bool:
+        """Whether Headway's runtime keeps parameters in `precision` alone (otherwise autocast makes copies)."""
+        off = plan.optimizer_on != "device" and plan.precision != "float32"
+        return off and self.workload.recipe.framework == "headway"
 
     def _held(self, plan: Plan, stages: Sequence[Stage], shards: Shards) -> _Held:
         recipe = self.workload.recipe
@@ -244,8 +245,14 @@ class Residency:
         if plan.pipeline > 1:
             gradients = held.gradients  # scattered once, after the last micro-batch
         return _States(
-            parameters, gradients, self._optimizer(mine), gathered + beside, self._temporary(mine), working
-        )  # fmt: skip
+            parameters,
+            gradients,
+            self._optimizer(mine),
+            gathered + beside,
+            self._temporary(mine),
+            working,
+            updated=mine,
+        )
 
     def _gathered(self, plan: Plan, stages: Sequence[Stage], shards: Shards, held: _Held) -> tuple[float, float]:
         """What `fully_shard` keeps gathered, and gradients on their way while a layer goes backward.
@@ -284,7 +291,7 @@ class Residency:
             communication += min(_DEEPSPEED_LIVE_ELEMENTS * 2, held.computed) + held.largest
         # A parameter's gradient is made whole, then added to those of the micro-batches before.
         working = held.largest_tensor * held.computed / max(held.elements, 1.0)
-        return _States(parameters, gradients, self._optimizer(mine), communication, update, working)
+        return _States(parameters, gradients, self._optimizer(mine), communication, update, working, updated=mine)
 
     def _deepspeed(self, plan: Plan, replicas: int, held: _Held, mine: float) -> float:
         """DeepSpeed's buffers: its bucket, and what a step makes in blocks larger than any that backward has freed.
@@ -306,7 +313,7 @@ class Residency:
     def _rank(self, plan: Plan, rank: int, updated: int = -1) -> Memory:
         """Peak of a rank of pipeline rank `rank`; `updated`: elements it updates, -1 where that follows."""
         data, tensor = plan.degrees(rank)
-        shards = self.shards_of(plan, tensor)
+        shards = self.shards_of(plan, rank)
         held = tuple(self.sizes.canonical(plan.stages[position], shards) for position in plan.stages_of(rank))
         m = plan.micro_batches
         flights = self.flights(plan, rank)
@@ -314,7 +321,8 @@ class Residency:
         samples = plan.samples_of(rank)
         key = (held, data, tensor, m, flights, kind, samples, updated, plan.context, plan.expert, plan.zero_stage,
                plan.sequence_parallel, plan.precision, plan.schedule, plan.pipeline, plan.global_batch,
-               plan.parameters_on, plan.optimizer_on, plan.activations_on, plan.shares,
+               plan.parameters_on, plan.optimizer_on, plan.activations_on, plan.optimizer_kept, plan.moments,
+               plan.delayed_update, plan.bucket_bytes if plan.optimizer_on != "device" else 0, plan.shares,
                shards)  # fmt: skip
         found = self._ranks.get(key)
         if found is None:
@@ -332,14 +340,14 @@ class Residency:
         updated: int,
     ) -> Memory:  # fmt: skip
         graph, recipe = self.workload.graph, self.workload.recipe
-        data, tensor = plan.degrees(rank)
+        data, _ = plan.degrees(rank)
         replicas = data * plan.context
-        shards = self.shards_of(plan, tensor)
+        shards = self.shards_of(plan, rank)
         piped = plan.pipeline > 1
         m = plan.micro_batches
         states = self._states(plan, held, shards, replicas, updated)
         gradients, communication = states.gradients, states.communication
-        kept = most_kept = loss = 0.0
+        kept = most_kept = loss = away = behind = 0.0
         extra = 0.0
         extra_with_gradients = 0.0
         for stage, flight in zip(held, flights, strict=True):
@@ -347,6 +355,8 @@ class Residency:
             kept += size.kept * flight
             most_kept = max(most_kept, size.largest_kept)
             loss += size.loss
+            away += flight * self._swapped(plan, stage, samples, shards, size)
+            behind += flight * self._after_swapped(plan, stage, samples, shards)
             extra = max(extra, size.peak - size.kept)
             extra_with_gradients = max(extra_with_gradients, size.peak_with_gradients - size.kept)
             if piped:
@@ -364,22 +374,41 @@ class Residency:
         if recipe.framework in ("megatron", "megatron-deepspeed"):
             batch = plan.micro_batch
         kept += sum(one.bytes(batch) for one in graph.inputs) / plan.context
-        # What rests elsewhere is here while it is used: this layer's and the next one's.
-        parameters, optimizer = states.parameters, states.optimizer
-        if plan.parameters_on != "device":
-            communication += min(2 * states.largest, parameters)
-            parameters = 0.0
-        if plan.optimizer_on != "device":
-            part = 2 * states.largest / max(states.parameters, 1.0)
-            communication += min(1.0, part) * optimizer
-            optimizer = 0.0
-        if plan.activations_on != "device":
-            communication += min(2 * most_kept, kept - loss)
-            kept = min(kept - loss, most_kept) + loss
+        parameters, optimizer, update = states.parameters, states.optimizer, states.update
+        resting = None
+        if not plan.parameters_on == plan.optimizer_on == plan.activations_on == "device":
+            away = min(away, kept - loss)
+            on_cpu = self._is_cpu[kind] and recipe.framework == "headway"
+            resting = rest(
+                plan, parameters=parameters, gradients=gradients, optimizer=optimizer, activations=away,
+                largest_layer=states.largest, largest_kept=most_kept, updated=states.updated,
+                master=(4.0 if keeps_masters(plan, on_cpu=on_cpu) else 0.0)
+                if recipe.framework == "headway"
+                else recipe.master_bytes,
+                moments=moments_bytes(self.workload.optimizer.state_bytes_per_element, plan.moments),
+                # Where the device is the host, there is nowhere to stream them to.
+                streams_gradients=recipe.framework == "headway" and not on_cpu,
+                slices=replicas if plan.zero_stage < 3 else 1,
+            )  # fmt: skip
+            parameters, gradients, optimizer = resting.parameters, resting.gradients, resting.optimizer
+            communication += resting.buffers
+            # What a layer is at work with stays, and comes when what was kept of the layers after it has gone.
+            returned = min(2 * most_kept, away)
+            communication -= min(returned, behind)
+            kept = kept - away + max(0.0, min(away, most_kept) - max(0.0, behind - returned))
+            if plan.optimizer_on != "device" and recipe.framework == "headway":
+                update *= plan.optimizer_kept
         # Without buckets (one replica) gradients are made anew in each step, while activations are released.
         fresh = recipe.framework == "headway" and replicas == 1 and m == 1 and not piped
         together = kept + extra_with_gradients if fresh else kept + extra + gradients
-        together = max(together, gradients + states.update)
+        if recipe.framework == "headway" and replicas > 1 and plan.zero_stage >= 2 and m == 1 and not piped:
+            # A rank's share of them grows more slowly than activations are released.
+            together = max(kept + extra, extra + gradients)
+        if self._is_cpu[kind] and self._updates_at_once(plan, replicas):
+            # Each is gone before the next is made, but for those of the elements kept, and of one layer.
+            gradients = 0.0
+            together = kept + extra
+        together = max(together, gradients + update)
         # What gave way to gradients before the peak is not counted twice.
         activations = min(kept, together - gradients)
         workspace = together - gradients - activations
@@ -387,6 +416,7 @@ class Residency:
         if not self._is_cpu[kind]:
             generation = _CONTEXT_BYTES.get(kind.split("-")[0], 0.0)
             outside = generation + (_COMMUNICATOR_BYTES * self._communicators(plan, rank) if generation else 0.0)
+            workspace += _CUBLAS_BYTES if self._is_probed[kind] else 0.0
         if outside:
             allocated = parameters + gradients + optimizer + activations + communication + workspace
             workspace += _FRAGMENTATION * allocated
@@ -398,7 +428,45 @@ class Residency:
             communication_bytes=communication,
             workspace_bytes=workspace,
             outside_bytes=outside,
+            pinned_bytes=0.0 if resting is None or self._is_cpu[kind] else resting.pinned,
+            **{} if resting is None else {f"{tier}_bytes": size for tier, size in resting.tiers.items()},
         )
+
+    def _updates_at_once(self, plan: Plan, replicas: int) -> bool:
+        """Whether Headway's runtime updates off the device as soon as backward has made a gradient."""
+        hooked = plan.pipeline == 1 and (replicas == 1 or plan.zero_stage >= 2)
+        off = plan.optimizer_on != "device" and self.workload.recipe.framework == "headway"
+        return off and hooked and plan.micro_batches == 1 and not plan.delayed_update
+
+    def _swapped(self, plan: Plan, stage: Stage, samples: float, shards: Shards, size: ActivationBytes) -> float:
+        """Bytes of one micro-batch's activations that rest elsewhere between forward and backward."""
+        if plan.activations_on == "device":
+            return 0.0
+        if not stage.swap:
+            return size.kept - size.loss
+        found = 0.0
+        for at in stage.swap:
+            again = (at,) if at in stage.recompute else ()
+            cores = (at,) if at in stage.recompute_attention else ()
+            own = Stage(start=at, stop=at + 1, recompute=again, recompute_attention=cores)
+            part = self.activations(plan, own, samples, shards)
+            found += part.kept - part.loss
+        return min(found, size.kept - size.loss)
+
+    def _after_swapped(self, plan: Plan, stage: Stage, samples: float, shards: Shards) -> float:
+        """Bytes that one micro-batch keeps of the layers after the last swapped one: gone when that goes backward."""
+        if plan.activations_on == "device" or not stage.swap:
+            return 0.0
+        first = max(stage.swap) + 1
+        if first >= stage.stop:
+            return 0.0
+        own = Stage(
+            start=first,
+            stop=stage.stop,
+            recompute=tuple(at for at in stage.recompute if at >= first),
+            recompute_attention=tuple(at for at in stage.recompute_attention if at >= first),
+        )
+        return self.activations(plan, own, samples, shards).kept
 
     def activations(
         self, plan: Plan, stage: Stage, samples: float, shards: Shards, working: float = 0.0
@@ -408,7 +476,7 @@ class Residency:
         keeping = Keeping(
             context=plan.context,
             sequence_parallel=plan.sequence_parallel and shards.degree > 1,
-            autocast=recipe.framework == "headway",
+            autocast=recipe.framework == "headway" and not self._is_lean(plan),
             products=recipe.framework == "torchtitan",
             logit_bytes=_LOGIT_BYTES.get((recipe.framework, recipe.compiled), 0.0) if low else 0.0,
             input_bytes=_INPUT_BYTES.get(plan.precision, 2.0) if recipe.framework == "megatron" else 2.0,
@@ -445,8 +513,7 @@ def memory_over_time(
     memory = residency.memory(plan)
     fullest = max(ranks, key=lambda rank: memory[rank].total_bytes)
     peak = memory[fullest]
-    _, tensor = plan.degrees(pipeline_rank)
-    shards, samples = residency.shards_of(plan, tensor), plan.samples_of(pipeline_rank)
+    shards, samples = residency.shards_of(plan, pipeline_rank), plan.samples_of(pipeline_rank)
     held = plan.stages_of(pipeline_rank)
     kept = {at: residency.activations(plan, plan.stages[at], samples, shards).kept for at in held}
     most = sum(kept[at] * flight for at, flight in zip(held, residency.flights(plan, pipeline_rank), strict=True))

@@ -16,23 +16,20 @@ from headway.predict import communication as comm
 from headway.predict.communication import Channel, Communication
 from headway.predict.efficiency import DEEPSPEED_GATHER, PLAIN_HOST, Efficiency, efficiency_of
 from headway.predict.latency import Latency
+from headway.predict.measured import MeasuredTimes
 from headway.predict.memory import ParameterBytes, Sizes
-from headway.predict.operators import WHOLE, Shards, elements_of
+from headway.predict.operators import Shards, elements_of
 from headway.predict.parts import Exchange, StageParts
 from headway.predict.profile import Profile
+from headway.predict.programs import Programs
+from headway.predict.splits import Splits
+from headway.predict.tiers import TierRates, wire_bytes
 from headway.workload.graph import TensorKind, Workload, dtype_bytes
 
 __all__ = ["Channels", "LayerTimes", "Layout", "StageTimes", "hidden_behind", "repeated"]
 
-# Where a description does not say: PCIe 4.0 x16, and DDR4 in eight channels of two sockets, of which an update on the
-# host gets what streaming shows. A disk is one NVMe drive of data centres (about 3.2 GB/s) for each device.
-_PCIE_BYTES_PER_SECOND = 25e9
-_HOST_BYTES_PER_SECOND = 200e9
-_DISK_BYTES_PER_SECOND = 3.2e9
 # FSDP gathers in the dtype that computes; nothing is sent in 4 bits.
 _WIRE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8": 1.0, "float4": 1.0}
-# Of a PCIe slot's rate, what large pinned copies reach.
-_PCIE_SHARE = 0.8
 
 
 class Channels(NamedTuple):
@@ -97,6 +94,8 @@ class StageTimes:
         profile: Profile | None,
         sizes: Sizes,
         communication: Communication,
+        measured: MeasuredTimes | None = None,
+        splits: Splits | None = None,
     ) -> None:
         self.workload = workload
         self.graph = workload.graph
@@ -105,6 +104,10 @@ class StageTimes:
         self.profile = profile
         self.sizes = sizes
         self.communication = communication
+        self.programs = Programs(communication)
+        self.measured = measured
+        self.splits = splits or Splits(workload.graph)
+        self.tiers = TierRates(cluster)
         self._position = {device.name: position for position, device in enumerate(cluster.devices)}
         self._latencies: dict[tuple[str, bool], Latency] = {}
         self._times: dict[tuple, LayerTimes] = {}
@@ -112,9 +115,6 @@ class StageTimes:
         self._sending: dict[tuple, _Sending] = {}
         self._parts: dict[tuple, StageParts] = {}
         self._layouts: dict[tuple, Layout] = {}
-        self._shards: dict[tuple, Shards] = {}
-        self._sharding: tuple[object, frozenset[str]] = (None, frozenset())
-        self._hosts: dict[str, tuple[float, float]] = {}
 
     def forget(self) -> None:
         """Drop every time, and keep what is known of channels and sizes: the constants have changed."""
@@ -127,34 +127,23 @@ class StageTimes:
     # -------------------------------------------------------------------------------------------------- who is there
 
     def shards_of(self, plan: Plan, rank: int = 0) -> Shards:
-        """How tensor parallelism divides the model on a pipeline rank."""
-        tensor = plan.tensor if plan.is_uniform else plan.degrees(rank)[1]
-        if tensor == 1:
-            return WHOLE
-        if plan.tensor_sharding is not self._sharding[0]:
-            # A plan's stages are asked for one after the other, and the names of a large model take long to hash.
-            self._sharding = (plan.tensor_sharding, frozenset(plan.tensor_sharding))
-        key = (tensor, plan.sequence_parallel, self._sharding[1])
-        found = self._shards.get(key)
-        if found is None:
-            chosen = key[2]
-            blocks = frozenset(
-                position
-                for position, block in enumerate(self.graph.blocks)
-                if chosen.issuperset(block.columns) and chosen.issuperset(block.rows)
-            )
-            found = self._shards[key] = Shards(tensor, blocks, plan.sequence_parallel)
-        return found
+        """How tensor parallelism divides the model on a pipeline rank (`Splits.of`)."""
+        return self.splits.of(plan, rank)
 
     def layout_of(self, plan: Plan) -> Layout:
         """The devices and links of a plan."""
         degrees = None if plan.is_uniform else tuple(plan.degrees(rank) for rank in range(plan.pipeline))
-        key = (plan.devices, plan.pipeline, plan.data, plan.tensor, plan.context, plan.expert, degrees)
+        key: tuple = (plan.devices, plan.pipeline, plan.data, plan.tensor, plan.context, plan.expert, degrees)
+        named = bool(plan.collectives) and plan.exchange == "headway"  # no other exchange carries them out
+        if named:
+            key = (*key, *sorted(plan.collectives.items()))
         found = self._layouts.get(key)
         if found is None:
-            found = self._layouts[key] = Layout(
-                self.kinds_of(plan), self._channels_of(plan), self._along(plan), self.communication.group(plan.devices)
-            )
+            channels = self._channels_of(plan)
+            if named:
+                channels = tuple(self._by_programs(plan, rank, row) for rank, row in enumerate(channels))
+            world = self.communication.group(plan.devices)
+            found = self._layouts[key] = Layout(self.kinds_of(plan), channels, self._along(plan), world)
         return found
 
     def kinds_of(self, plan: Plan) -> tuple[tuple[Accelerator, ...], ...]:
@@ -169,6 +158,15 @@ class StageTimes:
     def channels_of(self, plan: Plan) -> tuple[Channels, ...]:
         """The channels of each pipeline rank."""
         return self.layout_of(plan).channels
+
+    def _by_programs(self, plan: Plan, rank: int, row: Channels) -> Channels:
+        """The channels of a pipeline rank under the algorithms that the plan names."""
+        return row._replace(
+            tensor=self.programs.channel(plan, "tensor", rank, row.tensor),
+            replicas=self.programs.channel(plan, "data", rank, row.replicas),
+            context=self.programs.channel(plan, "context", rank, row.context),
+            expert=self.programs.channel(plan, "expert", rank, row.expert),
+        )
 
     def _channels_of(self, plan: Plan) -> tuple[Channels, ...]:
         axes = ("tensor", "data", "context", "expert", "expert_data")
@@ -245,8 +243,9 @@ class StageTimes:
         if found is None:
             slower = (self.cluster.contention, self.cluster.memory_contention) if crowded else (1.0, 1.0)
             found = self._latencies[key] = Latency(
-                self.graph, kind, self.profile, *slower, crowded, efficiency=self.efficiency(kind), recipe=self.recipe
-            )
+                self.graph, kind, self.profile, *slower, crowded, efficiency=self.efficiency(kind), recipe=self.recipe,
+                measured=self.measured,
+            )  # fmt: skip
         return found
 
     def efficiency(self, kind: Accelerator) -> Efficiency | None:
@@ -354,7 +353,7 @@ class StageTimes:
         samples = plan.samples_of(rank) if not plan.is_uniform else float(plan.micro_batch)
         shards = self.shards_of(plan, rank)
         stage = self.sizes.canonical(plan.stages[position], shards)
-        tiers = (plan.parameters_on, plan.activations_on)
+        tiers = (plan.parameters_on, plan.activations_on, plan.optimizer_on)
         key = (stage, tuple(kind.name for kind in kinds), samples, plan.context, plan.expert, shards, plan.precision,
                channels, plan.zero_stage, plan.micro_batches, plan.pipeline > 1, plan.overlap, tiers,
                len(plan.devices) > 1)  # fmt: skip
@@ -495,7 +494,7 @@ class StageTimes:
         size = self.sizes.parameters(stage.start, stage.stop, shards, plan.expert)
         gathered, scattered = self.gathered_bytes(plan, size), self.gradient_bytes(size)
         if self.recipe.framework == "megatron-deepspeed":
-            channel = channel._replace(bytes_per_second=channel.bytes_per_second * DEEPSPEED_GATHER)
+            channel = channel._replace(bytes_per_second=channel.bytes_per_second * DEEPSPEED_GATHER, known=None)
         gather = repeated(comm.all_gather_seconds, gathered, units, channel)
         scatter = repeated(comm.reduce_scatter_seconds, scattered, units, channel)
         # Out of the gathered buffer into the parameters, and from the gradients into the buffer to scatter: each byte
@@ -550,39 +549,6 @@ class StageTimes:
 
     # --------------------------------------------------------------------------------------------------- memory tiers
 
-    def tier_rate(self, tier: str, device: str) -> float:
-        """Bytes per second between a device and a tier of memory, all devices of the node copying at once."""
-        pcie, _ = self._host_of(device)
-        return pcie if tier == "host" else min(pcie, _DISK_BYTES_PER_SECOND)
-
-    def host_rate(self, device: str) -> float:
-        """Bytes per second that an update on the host streams, for each of the node's devices."""
-        return self._host_of(device)[1]
-
-    def _host_of(self, device: str) -> tuple[float, float]:
-        found = self._hosts.get(device)
-        if found is None:
-            node = self.cluster.devices[self._position[device]].node
-            neighbours = {self.cluster.devices[at].name for at in self.cluster.nodes[node]}
-            up: dict[str, float] = {}
-            below: Counter[str] = Counter()
-            rates: dict[tuple[str, str], float] = {}
-            nics = {switch.name for switch in self.cluster.switches if "nic" in switch.name.rpartition("/")[2]}
-            for link in self.cluster.links:
-                if link.kind == "pcie" and not {link.source, link.target} & nics:
-                    rates[link.source, link.target] = link.bytes_per_second
-            for source, target in rates:
-                if source in neighbours:
-                    up[source] = rates[source, target]
-                    below[target] += 1
-            rate = up.get(device, 0.0) * _PCIE_SHARE
-            switch = next((target for source, target in rates if source == device), "")
-            for (source, target), above in rates.items():
-                if source == switch and target not in neighbours and below[switch]:
-                    rate = min(rate, above * _PCIE_SHARE / below[switch])  # the devices of a switch share its way up
-            found = self._hosts[device] = (rate or _PCIE_BYTES_PER_SECOND, _HOST_BYTES_PER_SECOND / len(neighbours))
-        return found
-
     def _transfer(
         self, plan: Plan, stage: Stage, share: float, shards: Shards, kinds: tuple[Accelerator, ...],
         covers: tuple[float, float], slowdown: float,
@@ -594,18 +560,20 @@ class StageTimes:
             size = self.gathered_bytes(plan, self.sizes.parameters(stage.start, stage.stop, shards, plan.expert))
             if plan.zero_stage == 3:
                 size /= plan.data * plan.context
-            there = back = size / self.tier_rate(plan.parameters_on, device)
+            if plan.optimizer_on != "device" and self.recipe.framework == "headway":
+                size *= wire_bytes(plan.precision) / 4.0  # in 16 bits alone
+            there = back = size / self.tiers.copy_rate(plan.parameters_on, device)
         if plan.activations_on != "device":
             low = 0.5 if plan.precision != "float32" else 1.0
             kept = 0.0
-            for at in range(stage.start, stage.stop):
+            for at in plan.swapped_layers(stage):
                 layer = self.graph.layers[at]
                 if at in stage.recompute:
                     kept += elements_of(layer.output, share) * dtype_bytes(layer.output.dtype) * low
                 else:
                     divided = layer.saved_sharded.at(share)
                     kept += (layer.saved.at(share) - divided + divided / shards.degree) * low
-            seconds = kept / self.tier_rate(plan.activations_on, device)
+            seconds = kept / self.tiers.copy_rate(plan.activations_on, device)
             there, back = there + seconds, back + seconds
         if not self.overlaps(plan, kinds):
             return Exchange(there, back, there, back)

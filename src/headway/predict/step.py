@@ -15,6 +15,7 @@ from headway.plan.plan import Plan
 from headway.predict import communication as comm
 from headway.predict.communication import Communication
 from headway.predict.latency import flop_rate
+from headway.predict.measured import MeasuredTimes
 from headway.predict.memory import Sizes
 from headway.predict.operators import WHOLE, Shards
 from headway.predict.parts import Parts, StageParts
@@ -23,6 +24,7 @@ from headway.predict.prediction import Memory, Prediction, StepTime
 from headway.predict.profile import Profile
 from headway.predict.replicas import ReplicaTimes
 from headway.predict.residency import Residency
+from headway.predict.splits import Splits
 from headway.predict.stage import StageTimes
 from headway.timeline import Span, Timeline
 from headway.units import format_bytes
@@ -38,7 +40,8 @@ class Predictor:
     """Predicts plans for one workload on one cluster; parts that plans share are computed once.
 
     With a `profile`, operators that it knows take the time measured there; without, all follow the roofline.
-    `communication`: channels of this cluster that another predictor has measured already.
+    `communication`: channels of this cluster that another predictor has measured already. `measured`: times of
+    operators and collectives that go before the profile's and the formulas', where it knows them.
     """
 
     def __init__(
@@ -48,14 +51,17 @@ class Predictor:
         profile: Profile | None = None,
         *,
         communication: Communication | None = None,
+        measured: MeasuredTimes | None = None,
     ) -> None:
         self.workload = workload
         self.cluster = cluster
         self.profile = profile
-        self.communication = communication or Communication(cluster)
+        self.measured = measured
+        self.communication = communication or Communication(cluster, known=measured)
         self.sizes = Sizes(workload.graph)
-        self.residency = Residency(workload, cluster, self.sizes)
-        self.stages = StageTimes(workload, cluster, profile, self.sizes, self.communication)
+        splits = Splits(workload.graph)
+        self.residency = Residency(workload, cluster, self.sizes, splits)
+        self.stages = StageTimes(workload, cluster, profile, self.sizes, self.communication, measured, splits)
         self.replicas = ReplicaTimes(self.stages)
         self._position = {device.name: position for position, device in enumerate(cluster.devices)}
         self._flop = workload.graph.forward_flop + workload.graph.backward_flop
@@ -190,6 +196,8 @@ class Predictor:
             for finish, rank in zip(parts.finish, parts.ranks, strict=True)
         ]
         step = max(ends) + parts.loss
+        # A delayed update goes on beside the next step, and is through before the one after that needs its parameters.
+        late = max(0.0, max(rank.background for rank in parts.ranks) - step)
         busy = []
         for rank in range(p):
             mine = [parts.stages[at] for at in plan.stages_of(rank)]
@@ -211,16 +219,16 @@ class Predictor:
         # Waiting for other stages includes waiting for what they send.
         bubble = 0.0 if p == 1 else max(0.0, step - compute - communication - own.update)
         time = StepTime(
-            step_seconds=compute + communication + bubble + own.update,
+            step_seconds=compute + communication + bubble + own.update + late,
             compute_seconds=compute,
             communication_seconds=communication,
             bubble_seconds=bubble,
-            optimizer_seconds=own.update,
+            optimizer_seconds=own.update + late,
         )
         shares = {
             "compute" + (f" of stage {rank}" if p > 1 else ""): compute,
             "pipeline bubble": bubble - min(sent, bubble),
-            "optimizer step": own.update,
+            "optimizer step": own.update + late,
             "sending activations between stages": min(sent, bubble),
         }
         name = "tensor-parallel all-reduces" if plan.tensor > 1 else "gathering sharded parameters"

@@ -9,9 +9,10 @@ times of one device from being taken for those of another.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple, Protocol, TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from headway.errors import HeadwayError, InputError
 from headway.hardware.catalog import find_accelerator
 from headway.hardware.cluster import Accelerator, Cluster
 from headway.predict.communication import (
+    Axis,
     Channel,
     Communication,
     all_gather_seconds,
@@ -28,8 +30,7 @@ from headway.predict.communication import (
     send_seconds,
 )
 from headway.predict.database import Group, Measurement
-from headway.predict.operators import operator_bytes, operator_name
-from headway.predict.profile import computed_dtype, operator_key
+from headway.predict.operators import computed_dtype, operator_bytes, operator_key, operator_name
 from headway.workload.graph import Operator
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Interpolated",
     "Linear",
     "Place",
+    "Query",
     "Scaled",
     "Timing",
     "axis_place",
@@ -63,8 +65,22 @@ class Estimate(NamedTuple):
     how: str
 
 
-class Timing(Protocol):
-    """Times of one kind of device. Both methods raise InputError for what they cannot know."""
+class Query(NamedTuple):
+    """What is asked about an operator: it computes `flop` and moves `moved_bytes`.
+
+    `shape` names it among others of its name; `samples` (not always whole: a part of each sample's tokens) at which.
+    """
+
+    operation: str
+    dtype: str
+    flop: float
+    moved_bytes: float = 0.0
+    shape: str = ""
+    samples: float = 1
+
+
+class Timing(ABC):
+    """Times of one kind of device. Every method raises InputError for what it cannot know."""
 
     device: str
 
@@ -76,10 +92,10 @@ class Timing(Protocol):
         flop: float,
         moved_bytes: float = 0.0,
         shape: str = "",
-        samples: int = 1,
+        samples: float = 1,
     ) -> Estimate:
-        """An operator that computes `flop` and moves `moved_bytes`; `shape` names it among others of its name."""
-        ...
+        """Time of an operator (see `Query`)."""
+        return self.answer(Query(operation, dtype, flop, moved_bytes, shape, samples))
 
     def collective(
         self,
@@ -93,10 +109,18 @@ class Timing(Protocol):
         dtype: str = "float32",
     ) -> Estimate:
         """A collective over `size_bytes` (the whole tensor) in groups as `database.Group` describes them."""
-        ...
+        return self.answer_collective(Group(kind, dtype, *mesh, group_size, groups, stride), size_bytes)
+
+    @abstractmethod
+    def answer(self, query: Query) -> Estimate:
+        """Time of an operator."""
+
+    @abstractmethod
+    def answer_collective(self, group: Group, size_bytes: float) -> Estimate:
+        """Time of a collective over `size_bytes` (the whole tensor)."""
 
 
-def time_operator(timing: Timing, operator: Operator, samples: int, degree: int, precision: str) -> Estimate:
+def time_operator(timing: Timing, operator: Operator, samples: float, degree: int, precision: str) -> Estimate:
     """What `timing` says of a traced operator at `samples`, its sharded tensors divided by `degree`.
 
     The one call that a predictor needs for operators: it finds the name, FLOP, bytes and dtype that it runs in.
@@ -122,12 +146,21 @@ class Place(TypedDict):
 
 
 def axis_place(
-    cluster: Cluster, devices: Sequence[str], pipeline: int, data: int, tensor: int, axis: Literal["data", "tensor"]
+    cluster: Cluster,
+    devices: Sequence[str],
+    pipeline: int,
+    data: int,
+    tensor: int,
+    axis: Axis,
+    *,
+    context: int = 1,
+    expert: int = 1,
 ) -> Place | None:
     """Where the collectives of a mesh axis run: with it `Timing.collective` answers for that axis.
 
-    `devices` holds the device of rank (p * data + d) * tensor + t, as `Communication.channels` takes them; all groups
-    of the axis are at work. None if they do not lie node by node with equally many in each, which a profile cannot say.
+    `devices` as `Communication.channels` takes them. All groups of the axis are at work; where each pipeline rank has
+    nodes of its own, those of one pipeline rank, which then share no link with the others. None if the devices do not
+    lie node by node with equally many in each, which a profile cannot say.
     """
     node_of = {device.name: device.node for device in cluster.devices}
     nodes = [node_of[name] for name in devices]
@@ -136,11 +169,25 @@ def axis_place(
     runs = [node for at, node in enumerate(nodes) if at % per_node == 0]
     if set(counts.values()) != {per_node} or any(node != runs[at // per_node] for at, node in enumerate(nodes)):
         return None
-    size, stride = (tensor, 1) if axis == "tensor" else (data, tensor)
+    replicas = data * context
+    width = replicas * tensor
+    size, stride = {
+        "tensor": (tensor, 1),
+        "data": (replicas, tensor),
+        "context": (context, tensor),
+        "expert": (expert, tensor),
+        "expert_data": (replicas // expert, tensor * expert),
+        "pipeline": (2 if pipeline > 1 else 1, width),
+    }[axis]
+    count = len(counts)
+    if axis != "pipeline" and width % per_node == 0:
+        count = width // per_node
+    elif axis != "pipeline" and per_node % width == 0:
+        count = 1
     return {
-        "mesh": (len(counts), per_node),
+        "mesh": (count, per_node),
         "group_size": size,
-        "groups": len(devices) // size,
+        "groups": count * per_node // size,
         "stride": stride,
     }
 
@@ -148,7 +195,7 @@ def axis_place(
 # ------------------------------------------------------------------------------------------------------ the catalogue
 
 
-class Catalogued:
+class Catalogued(Timing):
     """Roofline and alpha-beta from the figures of a cluster: nothing measured, so the bounds are half and double."""
 
     def __init__(self, cluster: Cluster) -> None:
@@ -157,40 +204,20 @@ class Catalogued:
         self.device = self.accelerator.name
         self._communication = Communication(cluster)
 
-    def operator(
-        self,
-        operation: str,
-        dtype: str,
-        *,
-        flop: float,
-        moved_bytes: float = 0.0,
-        shape: str = "",
-        samples: int = 1,
-    ) -> Estimate:
+    def answer(self, query: Query) -> Estimate:
         """The longer of computing and moving, and the launch (Williams, Waterman, Patterson, CACM 2009)."""
         kind = self.accelerator
-        compute = flop / (kind.flop_rate(dtype) * kind.efficiency) if flop else 0.0
-        transfer = moved_bytes / (kind.memory_bytes_per_second * kind.memory_efficiency)
+        compute = query.flop / (kind.flop_rate(query.dtype) * kind.efficiency) if query.flop else 0.0
+        transfer = query.moved_bytes / (kind.memory_bytes_per_second * kind.memory_efficiency)
         return _within(max(compute, transfer) + kind.launch_seconds, _UNKNOWN, "roofline of the catalogue")
 
-    def collective(
-        self,
-        kind: str,
-        size_bytes: float,
-        *,
-        mesh: tuple[int, int],
-        group_size: int,
-        groups: int = 1,
-        stride: int = 1,
-        dtype: str = "float32",
-    ) -> Estimate:
+    def answer_collective(self, group: Group, size_bytes: float) -> Estimate:
         """The formulas of `communication` on the cluster's links, all groups at work together."""
-        group = Group(kind, dtype, *mesh, group_size, groups, stride)
-        if group_size == 1:
+        if group.group_size == 1:
             rate = self.accelerator.memory_bytes_per_second * self.accelerator.memory_efficiency
             seconds = self.accelerator.launch_seconds + 2 * size_bytes / rate  # read and written
         else:
-            seconds = _formula(kind, size_bytes, _channel(self._communication, group))
+            seconds = _formula(group.kind, size_bytes, _channel(self._communication, group))
         return _within(seconds, _UNKNOWN, "alpha-beta of the catalogue")
 
 
@@ -309,7 +336,7 @@ def _key(measurement: Measurement) -> Group | tuple[str, str, str]:
     return (measurement.operation, measurement.dtype, measurement.shape)
 
 
-class Interpolated:
+class Interpolated(Timing):
     """Answers from measurements of the very operator or collective; between sizes on lines, log against log."""
 
     how = "interpolated"
@@ -319,26 +346,18 @@ class Interpolated:
         self.curves = curves(measurements)
         self._spreads: dict[Group | tuple[str, str, str], float] = {}
 
-    def operator(
-        self,
-        operation: str,
-        dtype: str,
-        *,
-        flop: float,
-        moved_bytes: float = 0.0,
-        shape: str = "",
-        samples: int = 1,
-    ) -> Estimate:
+    def answer(self, query: Query) -> Estimate:
         """By samples where an operator of that shape was measured, by FLOP where its name was measured alone."""
-        if shape and (operation, dtype, shape) in self.curves:
-            return self._estimate((operation, dtype, shape), samples)
-        key = self.product(operation, dtype)
+        own = (query.operation, query.dtype, query.shape)
+        if query.shape and own in self.curves:
+            return self._estimate(own, query.samples)
+        key = self.product(query.operation, query.dtype)
         if key is None:
             raise InputError(
-                f"{operation} in {dtype} was not measured on {self.device}",
+                f"{query.operation} in {query.dtype} was not measured on {self.device}",
                 remedy="measure it (headway probe --profile), or use the roofline or the learned times",
             )
-        return self._estimate(key, flop)
+        return self._estimate(key, query.flop)
 
     def product(self, operation: str, dtype: str) -> tuple[str, str, str] | None:
         """The curve over FLOP that answers for an operation: its own, or of square products for every other product."""
@@ -347,26 +366,15 @@ class Interpolated:
                 return (name, dtype, "")
         return None
 
-    def collective(
-        self,
-        kind: str,
-        size_bytes: float,
-        *,
-        mesh: tuple[int, int],
-        group_size: int,
-        groups: int = 1,
-        stride: int = 1,
-        dtype: str = "float32",
-    ) -> Estimate:
+    def answer_collective(self, group: Group, size_bytes: float) -> Estimate:
         """Of a group that was measured; InputError of any other."""
-        key = Group(kind, dtype, *mesh, group_size, groups, stride)
-        if key not in self.curves:
+        if group not in self.curves:
             raise InputError(
-                f"{kind} in {dtype} of {groups} groups of {group_size} (stride {stride}) on {mesh[0]}x{mesh[1]} "
-                f"was not measured on {self.device}",
+                f"{group.kind} in {group.dtype} of {group.groups} groups of {group.group_size} (stride {group.stride}) "
+                f"on {group.nodes}x{group.devices_per_node} was not measured on {self.device}",
                 remedy="use the learned times, which know unmeasured groups, or those of the catalogue",
             )
-        return self._estimate(key, size_bytes)
+        return self._estimate(group, size_bytes)
 
     def _estimate(self, key: Group | tuple[str, str, str], size: float) -> Estimate:
         if key not in self._spreads:
@@ -445,12 +453,12 @@ def for_cluster(timing: Timing, cluster: Cluster, *, scale: bool = False, origin
         raise InputError(
             f"times of {timing.device}, and the cluster has {', '.join(sorted(kinds))}",
             place=cluster.name,
-            remedy="measure there, plan without a profile, or ask for it to be scaled by the ratio of peak rates",
+            remedy="measure there, plan without a profile, or have them scaled by peak rates (--scale-profile)",
         )
     return Scaled(timing, cluster, origin=origin)
 
 
-class Scaled:
+class Scaled(Timing):
     """The times of one device taken for those of another, divided by the ratio of what both can do at most.
 
     What does not grow with the size (starting an operator, latency) is kept as it is. Operators go by the ratio of peak
@@ -473,56 +481,35 @@ class Scaled:
             except HeadwayError:
                 self._measured = None
 
-    def operator(
-        self,
-        operation: str,
-        dtype: str,
-        *,
-        flop: float,
-        moved_bytes: float = 0.0,
-        shape: str = "",
-        samples: int = 1,
-    ) -> Estimate:
+    def answer(self, query: Query) -> Estimate:
         """The other device's time, beyond its launch divided by the ratio of peak rates or of memory bandwidth."""
         if self._measured is None:
             raise InputError(
                 f"the peak rates of {self.timing.device} are not known", remedy="give the cluster measured"
             )
         source, target = self._measured, self.target
-        found = self.timing.operator(operation, dtype, flop=flop, moved_bytes=moved_bytes, shape=shape, samples=samples)
-        compute = flop / source.flop_rate(dtype) if flop else 0.0
-        if compute >= moved_bytes / source.memory_bytes_per_second and compute > 0:
-            ratio = target.flop_rate(dtype) / source.flop_rate(dtype)
+        found = self.timing.answer(query)
+        compute = query.flop / source.flop_rate(query.dtype) if query.flop else 0.0
+        if compute >= query.moved_bytes / source.memory_bytes_per_second and compute > 0:
+            ratio = target.flop_rate(query.dtype) / source.flop_rate(query.dtype)
         else:
             ratio = target.memory_bytes_per_second / source.memory_bytes_per_second
         return self._scaled(found, min(source.launch_seconds, found.seconds), ratio)
 
-    def collective(
-        self,
-        kind: str,
-        size_bytes: float,
-        *,
-        mesh: tuple[int, int],
-        group_size: int,
-        groups: int = 1,
-        stride: int = 1,
-        dtype: str = "float32",
-    ) -> Estimate:
+    def answer_collective(self, group: Group, size_bytes: float) -> Estimate:
         """The other cluster's time, beyond its latency divided by the ratio of what the links give to the group."""
         if self._origin is None:
             raise InputError(
                 f"collectives of {self.timing.device} cannot be scaled without the links that they ran on",
                 remedy="give the cluster that was measured",
             )
-        place = {"mesh": mesh, "group_size": group_size, "groups": groups, "stride": stride, "dtype": dtype}
-        found = self.timing.collective(kind, size_bytes, **place)
-        if group_size == 1:
+        found = self.timing.answer_collective(group, size_bytes)
+        if group.group_size == 1:
             assert self._measured is not None
             ratio = self.target.memory_bytes_per_second / self._measured.memory_bytes_per_second
         else:
-            group = Group(kind, dtype, *mesh, group_size, groups, stride)
             ratio = group_rate(self._communication, group) / group_rate(self._origin, group)
-        latency = self.timing.collective(kind, 1.0, **place).seconds
+        latency = self.timing.answer_collective(group, 1.0).seconds
         return self._scaled(found, min(latency, found.seconds), ratio)
 
     def _scaled(self, found: Estimate, kept: float, ratio: float) -> Estimate:

@@ -222,7 +222,11 @@ class Bounds:
         if held.parameters_on != "device":
             parameters = parameters * 0.0
         if held.optimizer_on != "device":
-            states = states * 0.0
+            states = states * held.optimizer_kept
+            if self.space.workload.recipe.framework == "headway":
+                # Gradients leave as they are made; in less than 32 bits parameters have no float32 copy here.
+                lean = 1.0 if self.space.precision == "float32" else 0.5
+                parameters, gradients = parameters * lean, gradients * lean * held.optimizer_kept
         replicas = mesh.replicas
         if held.zero_stage == 0:
             return parameters + gradients + states
@@ -282,6 +286,8 @@ class Bounds:
     def _least_bytes(self, mesh: Mesh, group: Group, held: States) -> float:
         states = self._layer_states(mesh, held)
         kept, working, crossing = self._activations(mesh.tensor, mesh.context, group.micro_batch)
+        if held.activations_on != "device":
+            kept, working = kept * 0.0, 0.0
         p, v, m = mesh.pipeline, group.virtual_stages, group.micro_batches
         if p == 1:
             return float(np.sum(states) + np.sum(kept) + working) * _ROUNDING

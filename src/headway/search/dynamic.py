@@ -15,25 +15,17 @@ from __future__ import annotations
 import heapq
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import msgspec
 import numba
 import numpy as np
 
 from headway.errors import InputError
-from headway.hardware.cluster import Cluster
-from headway.plan.plan import Plan
-from headway.predict.step import Predictor
 from headway.search.problem import Assignment, Option, Solution, StageProblem
-from headway.search.ranking import Candidate
 from headway.search.stages import stage_costs
-from headway.search.tables import Pool, options_of, plan_of, pools_of, sharding_of, stage_problem
-from headway.workload.graph import Workload
 
-__all__ = ["dapple", "dynamic_search", "fits", "minimise_slowest", "pipedream", "recompute_less", "solve"]
+__all__ = ["dapple", "minimise_slowest", "pipedream", "solve"]
 
 # Sums of the same stages in another order differ by this share; no two limits are told apart by less.
 _ROUNDING = 1e-12
@@ -87,52 +79,95 @@ def _relax(
 
 
 @numba.njit(cache=True, nogil=True)
+def _prefixes(
+    found: np.ndarray, table: np.ndarray, sends: np.ndarray, limit: float, send_limit: float, shifts: np.ndarray,
+    blocks: np.ndarray, strides: np.ndarray, exactly: bool,
+) -> None:  # fmt: skip
+    """Fill `found[i, d]`: a bound below the sum of stages for layers 0 to i on devices d, none above `limit`.
+
+    `table` holds each run of layers at its fastest, whatever is in flight. Not `exactly`: on d or fewer.
+    """
+    sizes, rows, _ = table.shape
+    states = found.shape[1]
+    found[:] = np.inf
+    found[0, 0] = 0.0
+    for stop in range(1, rows):
+        target = found[stop]
+        for size in range(sizes):
+            for start in range(stop):
+                seconds = table[size, start, stop]
+                if not seconds <= limit or (start > 0 and sends[start] > send_limit):
+                    continue
+                cost = seconds + (sends[start] if start > 0 else 0.0)
+                _relax(target, found[start], cost, shifts[size], blocks[size], 0, states - 1)
+    if not exactly:
+        for pool in range(len(strides) - 1):
+            for stop in range(rows):
+                _relax(found[stop], found[stop], 0.0, strides[pool], strides[pool + 1], 0, states - 1)
+
+
+@numba.njit(cache=True, nogil=True)
 def _sums(
     sums: np.ndarray, spans: np.ndarray, tables: np.ndarray, sends: np.ndarray, limit: float, send_limit: float,
-    shifts: np.ndarray, blocks: np.ndarray, open_ended: bool, most: float, left: np.ndarray, ahead: np.ndarray,
-) -> None:  # fmt: skip
+    shifts: np.ndarray, blocks: np.ndarray, open_ended: bool, most: float, before: np.ndarray, lowest: np.ndarray,
+) -> int:  # fmt: skip
     """Fill `sums[s, i, d]`: the least sum of s stages for layers i to the end on devices d, none above `limit`.
 
     With `open_ended` the last s means "so many or more". `spans[s, i]`: the first and last d with a finite sum.
-    What can't be part of a whole solution with a sum below `most` is left out: `ahead[0, i]` is the least sum of layers
-    0 to i, `ahead[1, i]` their least area, and `left[d]` the devices that remain for them.
+    Left out is what can't be part of a whole solution with a sum below `most` (`before[i, d]` is a bound below the sum
+    of layers 0 to i on devices d), and what fewer stages do as fast: with them the stages before keep fewer
+    micro-batches in flight. Comes back with the number of levels filled; further ones hold nothing.
     """
     levels, sizes, rows, _ = tables.shape
-    layers = rows - 1
-    sums[:] = np.inf
-    spans[:, :, 0] = sums.shape[2]
-    spans[:, :, 1] = -1
+    layers, states = rows - 1, sums.shape[2]
+    sums[0] = np.inf
+    spans[0, :, 0] = states
+    spans[0, :, 1] = -1
     sums[0, layers, 0] = 0.0
     spans[0, layers, :] = 0
+    lowest[:] = np.inf
     for level in range(1, levels + 1):
         repeats = open_ended and level == levels
+        sums[level] = np.inf
+        spans[level, :, 0] = states
+        spans[level, :, 1] = -1
+        empty = True
         for start in range(layers - level, -1, -1):
             if start > 0 and sends[start] > send_limit:
                 continue
             send = sends[start] if start > 0 else 0.0
-            target = sums[level, start]
+            target, least, ahead = sums[level, start], lowest[start], before[start]
             for size in range(sizes):
                 shift, block = shifts[size], blocks[size]
                 for stop in range(start + 1, layers + 1):
+                    lasts = spans[level - 1, stop, 1]
+                    again = repeats and spans[level, stop, 1] >= 0
+                    if lasts < 0 and not again:
+                        continue
                     seconds = tables[level - 1, size, start, stop]
                     if not seconds <= limit:
                         continue
                     cost = seconds + send
-                    if spans[level - 1, stop, 1] >= 0:
-                        _relax(
-                            target, sums[level - 1, stop], cost, shift, block,
-                            spans[level - 1, stop, 0], spans[level - 1, stop, 1],
-                        )  # fmt: skip
-                    if repeats and spans[level, stop, 1] >= 0:
+                    if lasts >= 0:
+                        _relax(target, sums[level - 1, stop], cost, shift, block, spans[level - 1, stop, 0], lasts)
+                    if again:
                         _relax(
                             target, sums[level, stop], cost, shift, block, spans[level, stop, 0], spans[level, stop, 1]
                         )
-            for state in range(len(target)):
-                if not target[state] + ahead[0, start] < most or ahead[1, start] > limit * left[state]:
+            for state in range(states):
+                value = target[state]
+                if not value < np.inf:
+                    continue
+                if value >= least[state] or not value + ahead[states - 1 - state] < most:
                     target[state] = np.inf
-                elif target[state] < np.inf:
-                    spans[level, start, 0] = min(spans[level, start, 0], state)
-                    spans[level, start, 1] = state
+                    continue
+                least[state] = value
+                spans[level, start, 0] = min(spans[level, start, 0], state)
+                spans[level, start, 1] = state
+                empty = False
+        if empty:
+            return level - 1
+    return levels
 
 
 @numba.njit(cache=True, nogil=True)
@@ -248,11 +283,13 @@ class _Recursion:
                 remedy="offer larger sub-meshes only, so that their sizes have a larger common divisor",
             )
         used = np.arange(self.states)[:, None] // strides[:-1] % (np.array(counts) + 1) * np.array(units)
-        self.left = float(sum(problem.pools)) - used.sum(axis=1)
+        self.used = used.sum(axis=1).astype(float)
+        self.strides = strides.astype(np.int64)
         # Rounded down a little, so that no solution is lost to the order of additions.
         self.ahead = _ahead(self.tables[0], self.devices) * (1 - _ROUNDING)
         self.sums = np.empty((levels + 1, problem.layers + 1, self.states))
         self.spans = np.empty((levels + 1, problem.layers + 1, 2), dtype=np.int64)
+        self.before, self.lowest = np.empty((2, problem.layers + 1, self.states))
         self.sends = np.ascontiguousarray(problem.send_seconds, dtype=float)
         self.levels = levels
 
@@ -272,8 +309,22 @@ class _Recursion:
         """
         self.evaluated += 1
         fixed = (self.tables, self.sends, limit, send_limit, self.shifts, self.blocks, self.open_ended)
-        _sums(self.sums, self.spans, *fixed, most, self.left, self.ahead)
-        whole = self.sums[1:, 0]
+        if self.levels > 1:
+            # One level without memory costs little beside all of them, and its bound leaves little of them to fill.
+            _prefixes(
+                self.before, self.tables[0], self.sends, limit, send_limit, self.shifts, self.blocks, self.strides,
+                self.problem.exactly,
+            )  # fmt: skip
+            self.before *= 1 - _ROUNDING
+        else:
+            total, area = self.ahead[:, :, None]
+            self.before = np.where(area <= limit * self.used, total, math.inf)
+        if not self.before[-1, -1] < most:
+            return _NONE
+        filled = _sums(self.sums, self.spans, *fixed, most, self.before, self.lowest)
+        if not filled:
+            return _NONE
+        whole = self.sums[1 : filled + 1, 0]
         level, state = (int(at) for at in np.unravel_index(np.argmin(whole), whole.shape))
         if self.problem.exactly:
             state = self.states - 1
@@ -308,7 +359,8 @@ def solve(
     recursion = _Recursion(problem)
     limits = recursion.limits()
     behind = problem.micro_batches - 1
-    best, stages = better_than, ()
+    # As good as the bar is not better, in whatever order its sum was made.
+    best, stages = better_than * (1 - _ROUNDING), ()
 
     def try_limit(at: int, first: int) -> tuple[float, int]:
         """F of a limit, and the position of the smallest limit that has the same F.
@@ -447,209 +499,3 @@ def _replicated(
         capacity_bytes=np.full(len(seconds), math.inf),
         send_seconds=sends,
     )
-
-
-# ------------------------------------------------------------------------------------------------------ whole plans
-
-# The tables are a model of the predictor: solutions this close are not told apart by solving longer.
-_EPSILON = 0.005
-# A solution that is slower by less than this may still win: interleaved, it loses most of its bubble.
-_PREFERRED = 1.5
-# The tables' memory is brought to the predictor's so many times, where a solution turns out not to fit.
-_CORRECTIONS = 3
-
-
-def dynamic_search(
-    workload: Workload,
-    cluster: Cluster,
-    predictor: Predictor,
-    *,
-    keep: int = 5,
-    budget_seconds: float | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    memory_fraction: float = 0.95,
-    micro_batches: Sequence[int] | None = None,
-    zero_stages: Sequence[int] = (2, 3, 1, 0),
-    pools: Sequence[Pool] | None = None,
-) -> list[Candidate]:
-    """Plans whose stages the dynamic programme chose, the `keep` fastest by the predictor, best first.
-
-    All devices of `pools` work (None: of the cluster). One problem is solved, to within 0.5 %, for each size of
-    micro-batch and ZeRO stage that is looked at. `micro_batches` (samples through the whole pipeline) are looked at
-    from about 32 of them in both directions, until it gets worse twice, and the whole batch in one; for the best the
-    other ZeRO stages are tried. Each solution is also predicted interleaved, and recomputes no more than it must.
-    `progress` is told the number of problems solved and of those at hand. Nothing is returned where nothing fits. After
-    `budget_seconds` no further problem is begun.
-    """
-    began = time.perf_counter()
-    batch = workload.global_batch
-    pools = pools or pools_of(cluster)
-    devices = sum(pool.devices for pool in pools)
-    sizes = sorted(micro_batches or _sizes(batch))
-    best: list[Candidate] = []
-    seconds: dict[tuple[int, int], float] = {}
-
-    def least() -> float:
-        return min((found.prediction.time.step_seconds for found in best), default=math.inf)
-
-    def look(size: int, zero: int) -> float:
-        """Seconds of the best plan of one problem."""
-        if (size, zero) not in seconds:
-            if budget_seconds is not None and seconds and time.perf_counter() - began > budget_seconds:
-                return math.inf
-            bar = least() * _PREFERRED
-            found = _candidate(workload, cluster, predictor, pools, size, zero, memory_fraction, bar)
-            if found is not None and all(found.plan != other.plan for other in best):
-                best.append(found)
-            seconds[size, zero] = math.inf if found is None else found.prediction.time.step_seconds
-            if progress is not None:
-                progress(len(seconds), len(sizes) + len(zero_stages) - 1)
-        return seconds[size, zero]
-
-    if sizes[-1] == batch:
-        # One micro-batch leaves no pipeline: a single stage, and a first bar for the others.
-        for zero in zero_stages:
-            look(batch, zero)
-    # Sub-meshes of whole nodes need a sample for each replica.
-    node = max(len(pool.nodes[0]) for pool in pools)
-    wanted = max(batch / 32, devices / (node * len(workload.graph.layers)))
-    middle = min(range(len(sizes)), key=lambda at: abs(math.log(sizes[at] / wanted)))
-    for zero in zero_stages:
-        if any(found.plan.pipeline > 1 for found in best):
-            break
-        reached = look(sizes[middle], zero)
-        for direction in (-1, 1):
-            least_here, worse = reached, 0
-            at = middle + direction
-            while 0 <= at < len(sizes) and worse < 2:
-                value = look(sizes[at], zero)
-                # Where nothing fits, smaller micro-batches are the way out: nothing is learned from larger ones.
-                worse += value >= least_here and (math.isfinite(value) or direction > 0)
-                least_here = min(least_here, value)
-                at += direction
-    if best:
-        size = min(seconds, key=lambda key: seconds[key])[0]
-        for zero in zero_stages:
-            look(size, zero)
-    return sorted(best, key=lambda found: (found.prediction.time.step_seconds, found.prediction.peak_bytes))[:keep]
-
-
-def _sizes(batch: int) -> list[int]:
-    """Micro-batches to try: the divisors of the batch, of many only those that are about a factor of two apart."""
-    divisors = [size for size in range(1, batch + 1) if batch % size == 0]
-    if len(divisors) <= 8:
-        return divisors
-    chosen = [1]
-    for size in divisors:
-        if size >= 2 * chosen[-1]:
-            chosen.append(size)
-    return chosen
-
-
-def _candidate(
-    workload: Workload, cluster: Cluster, predictor: Predictor, pools: Sequence[Pool], size: int, zero: int,
-    memory_fraction: float, bar: float,
-) -> Candidate | None:  # fmt: skip
-    """The best plan with micro-batches of `size` samples that fits, by the tables; None: there is none below `bar`."""
-    options = options_of(workload.graph, pools, size, zero_stage=zero)
-    if size == workload.global_batch:
-        options = tuple(option for option in options if option.devices == sum(pool.devices for pool in pools))
-    if not options:
-        return None
-    problem = stage_problem(
-        workload, cluster, predictor, micro_batch=size, options=options, memory_fraction=memory_fraction, pools=pools
-    )
-    for _ in range(_CORRECTIONS):
-        solution = solve(problem, epsilon=_EPSILON, better_than=bar)
-        if not solution.stages:
-            return None
-        plan = plan_of(problem, solution.stages, workload, cluster, pools=pools)
-        over = _over(plan, cluster, predictor, memory_fraction)
-        if max(over) <= 1:
-            plans = [recompute_less(plan, cluster, predictor, memory_fraction)]
-            plans += _interleaved(plan, cluster, predictor, memory_fraction)
-            found = [Candidate(plan=one, prediction=predictor.predict(one)) for one in plans]
-            return min(found, key=lambda one: one.prediction.time.step_seconds)
-        # The tables were too generous: with what those stages really need the programme decides again.
-        capacity = problem.capacity_bytes.copy()
-        for stage, factor in zip(solution.stages, over, strict=True):
-            capacity[stage.option] /= max(1.0, factor)
-        problem = replace(problem, capacity_bytes=capacity)
-    return None
-
-
-def fits(plan: Plan, cluster: Cluster, predictor: Predictor, memory_fraction: float = 0.95) -> bool:
-    """Whether every device has room for its part of the plan, by the predictor."""
-    return max(_over(plan, cluster, predictor, memory_fraction)) <= 1
-
-
-def _over(plan: Plan, cluster: Cluster, predictor: Predictor, memory_fraction: float) -> list[float]:
-    """For each stage, memory of its fullest rank over what may be used."""
-    memory = predictor.memory(plan)
-    room = {device.name: cluster.accelerators[device.accelerator].memory_bytes for device in cluster.devices}
-    found = []
-    for rank in range(plan.pipeline):
-        first = plan.first_rank(rank)
-        # Ranks that are alike share one record.
-        ranks = {(id(memory[at]), room[plan.devices[at]]): at for at in range(first, first + plan.width(rank))}
-        found.append(max(memory[at].total_bytes / (has * memory_fraction) for (_, has), at in ranks.items()))
-    return found
-
-
-def recompute_less(plan: Plan, cluster: Cluster, predictor: Predictor, memory_fraction: float = 0.95) -> Plan:
-    """The plan with as few recomputed layers as fit on each pipeline rank: by bisection, all ranks at once."""
-    if not any(stage.recompute for stage in plan.stages):
-        return plan
-
-    def with_counts(counts: Sequence[int]) -> Plan:
-        left, stages = list(counts), []
-        for position, stage in enumerate(plan.stages):
-            rank = position % plan.pipeline
-            chosen = stage.recompute[: left[rank]]
-            left[rank] -= len(chosen)
-            stages.append(msgspec.structs.replace(stage, recompute=chosen))
-        return msgspec.structs.replace(plan, stages=tuple(stages))
-
-    ranks = range(plan.pipeline)
-    enough = [sum(len(plan.stages[at].recompute) for at in plan.stages_of(rank)) for rank in ranks]
-    too_few = [-1] * len(enough)
-    while any(high - low > 1 for low, high in zip(too_few, enough, strict=True)):
-        middle = [(low + high) // 2 if high - low > 1 else high for low, high in zip(too_few, enough, strict=True)]
-        over = _over(with_counts(middle), cluster, predictor, memory_fraction)
-        for at, count in enumerate(middle):
-            if count != enough[at]:
-                if over[at] <= 1:
-                    enough[at] = count
-                else:
-                    too_few[at] = count
-    return with_counts(enough)
-
-
-def _interleaved(plan: Plan, cluster: Cluster, predictor: Predictor, memory_fraction: float) -> list[Plan]:
-    """The plan with each rank's layers in 2, 4 or 8 chunks, rank after rank (Narayanan et al., SC 2021, section 2.2).
-
-    Every rank keeps its number of layers. Those that fit, with all layers recomputed if they must be.
-    """
-    found = []
-    counts = [stage.stop - stage.start for stage in plan.stages]
-    for chunks in (2, 4, 8):
-        if plan.pipeline == 1 or plan.micro_batches % plan.pipeline or min(counts) < chunks:
-            break
-        start, stages = 0, []
-        for chunk in range(chunks):
-            for stage, count in zip(plan.stages, counts, strict=True):
-                stop = start + count // chunks + (chunk < count % chunks)
-                stages.append(msgspec.structs.replace(stage, start=start, stop=stop, recompute=()))
-                start = stop
-        sharding = {
-            name: style
-            for (_, tensor), held in ((plan.degrees(at % plan.pipeline), one) for at, one in enumerate(stages))
-            for name, style in sharding_of(predictor.workload.graph, tensor, held.start, held.stop).items()
-        }
-        plain = msgspec.structs.replace(plan, stages=tuple(stages), schedule="interleaved", tensor_sharding=sharding)
-        again = [msgspec.structs.replace(one, recompute=tuple(range(one.start, one.stop))) for one in stages]
-        if fits(plain, cluster, predictor, memory_fraction):
-            found.append(plain)
-        elif fits(whole := msgspec.structs.replace(plain, stages=tuple(again)), cluster, predictor, memory_fraction):
-            found.append(recompute_less(whole, cluster, predictor, memory_fraction))
-    return found

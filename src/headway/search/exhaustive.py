@@ -16,11 +16,13 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from headway.plan.plan import Plan, Stage
 from headway.predict.pipeline import in_flight
 from headway.predict.prediction import Memory, Prediction
+from headway.predict.programs import choices
 from headway.predict.step import Predictor
 from headway.search.bounds import Bounds
 from headway.search.ranking import Candidate, Goal
@@ -132,6 +134,7 @@ class _Search:
         self.history: list[tuple[float, float]] = []
         self.totals = {"does not fit": 0, "worse": 0, "worse by a bound": 0}
         self.priced = all(kind.dollars_per_hour for kind in space.cluster.accelerators.values())
+        self._only_gpus = all(kind.torch_device != "cpu" for kind in space.cluster.accelerators.values())
         self._stages: dict[tuple, Stage] = {}
         self._room: dict[Placement, np.ndarray] = {}
         self._least: dict[tuple[Placement, int], tuple[np.ndarray, list[int]]] = {}
@@ -188,6 +191,7 @@ class _Search:
                 self.progress(self.settled, considered)
         if self.progress is not None:
             self.progress(considered, considered)
+        self._choose_algorithms()
         return Found(
             best=tuple((figures, candidate) for figures, _, candidate in self.best),
             records=tuple(records),
@@ -197,6 +201,32 @@ class _Search:
             evaluated=self.evaluated,
             history=tuple(self.history),
         )
+
+    def _choose_algorithms(self) -> None:
+        """Name the fastest algorithm of each axis for the best plans, where Headway's exchange carries them out.
+
+        Axes do not depend on each other, so one after the other is exact for each plan. The plans were compared under
+        the exchange's own choice: one that only an algorithm of its own would bring among the best is not seen.
+        """
+        chosen: list[tuple[Figures, int, Candidate]] = []
+        for figures, order, candidate in self.best:
+            plan = candidate.plan
+            for axis, names in choices(plan):
+                options = [
+                    msgspec.structs.replace(plan, collectives=plan.collectives | ({axis: name} if name else {}))
+                    for name in names
+                ]
+                plan = min(options, key=lambda one: self.predictor.step_time(one).step_seconds)
+            if plan is not candidate.plan and plan.collectives:
+                candidate = Candidate(plan=plan, prediction=self.predictor.predict(plan))
+                peak = max(memory.total_bytes for memory in candidate.prediction.memory)
+                placement = self._placement_of(plan)
+                figures = self._figures(placement, candidate.prediction, peak)
+            chosen.append((figures, order, candidate))
+        self.best = sorted(chosen, key=lambda entry: entry[:2])
+
+    def _placement_of(self, plan: Plan) -> Placement:
+        return next(one for one in self._room if one.devices == plan.devices)
 
     def _push(self, heap: list[_Node], record: MeshRecord, seconds: float, group: Group | None, exact: bool) -> None:
         mesh = record.mesh
@@ -217,8 +247,15 @@ class _Search:
             seconds = max(self.bounds.group_seconds(mesh, group), self.bounds.cut_seconds(mesh, group))
             self._push(heap, record, seconds, group, True)
         else:
+            roomy: set[int] = set()
             for states in self.space.states(mesh):
-                self._settle(record, group, states)
+                if states.is_here and self._is_roomy(mesh, group, states):
+                    roomy.add(states.zero_stage)
+                if not states.is_here and states.zero_stage in roomy:
+                    self.settled += 1
+                    self.totals["worse"] += 1
+                else:
+                    self._settle(record, group, states)
 
     def _explain(self, closed: list[_Node]) -> None:
         """Look into the likeliest of the meshes that stay closed, only to say what is wrong with them."""
@@ -273,6 +310,15 @@ class _Search:
 
     # ------------------------------------------------------------------------------------------------------ leaves
 
+    def _is_roomy(self, mesh: Mesh, group: Group, states: States) -> bool:
+        """Whether everything fits on the devices as it is: then no state is sent elsewhere, which only costs time."""
+        wanted = self.space.constraints
+        if wanted.offload == "none" or wanted.recompute not in ("any", "none") or self.goal == "memory":
+            return False
+        if not self._only_gpus:
+            return False
+        return self._attempt(mesh, self._plan(mesh, group, states, self.bounds.cuts(mesh, group), frozenset())).fits
+
     def _settle(self, record: MeshRecord, group: Group, states: States) -> None:
         self.settled += 1
         mesh = record.mesh
@@ -290,6 +336,9 @@ class _Search:
             self.totals["does not fit"] += 1
             if record.misfit is None or nearest.excess_bytes < record.misfit.excess_bytes:
                 record.misfit = Misfit(nearest.excess_bytes, nearest.plan, nearest.worst, nearest.rank)
+            return
+        if states.activations_on != "device" and chosen.plan.activations_on == "device":
+            self.totals["worse"] += 1  # nothing had to go: the same plan as without
             return
         peak = chosen.peak_bytes
         known = record.best is not None and record.best[0][0] <= peak
@@ -337,6 +386,8 @@ class _Search:
         """
         cuts = self.bounds.cuts(mesh, group)
         wanted = self.space.constraints.recompute
+        if states.activations_on != "device":
+            wanted = "any"  # of what is swapped
         everything = frozenset(range(self.space.layers))
 
         def attempt(cuts: tuple[int, ...], recompute: frozenset[int], selective: bool = False) -> _Attempt:
@@ -368,7 +419,7 @@ class _Search:
         if plain.fits:
             return plain, plain
         less = self._recompute_less(mesh, group, cuts, plain.over, full.over, attempt) or full
-        if self.bounds.cores and not self.space.constraints.runnable:
+        if self.bounds.cores and not self.space.constraints.runnable and states.activations_on == "device":
             selective = attempt(cuts, frozenset(), True)
             if selective.fits and self._seconds(selective) < self._seconds(less):
                 return selective, full
@@ -382,10 +433,24 @@ class _Search:
         used = np.array([memory.total_bytes for memory in peaks])
         room, smallest = self._least_room(mesh)
         over = used - room
+        if not (plan.parameters_on == plan.optimizer_on == plan.activations_on == "device"):
+            if not self._only_gpus:  # there the host's memory is the device's
+                over += np.array([memory.host_bytes for memory in peaks])
+            over = np.maximum(over, self._lacking_elsewhere(plan, peaks))
         worst = int(np.argmax(over))
         excess = float(over[worst])
         fits = excess <= 0 or not self.limited
         return _Attempt(plan, over, peaks[worst], smallest[worst], float(np.max(used)), excess, fits)
+
+    def _lacking_elsewhere(self, plan: Plan, peaks: tuple[Memory, ...]) -> np.ndarray:
+        """For each pipeline rank the bytes that it lacks in the tier that lacks most (negative: has left)."""
+        lacking = np.full(len(peaks), -np.inf)
+        for at, memory in enumerate(peaks):
+            device = plan.devices[plan.first_rank(at)]
+            for tier, size in memory.tiers.items():
+                room = self.predictor.stages.tiers.capacity_bytes(tier, device)  # type: ignore[arg-type]
+                lacking[at] = max(lacking[at], size - room)
+        return lacking
 
     def _least_room(self, mesh: Mesh) -> tuple[np.ndarray, list[int]]:
         """For each pipeline rank the bytes that a plan may use on its smallest device, and which rank that is."""
@@ -462,11 +527,15 @@ class _Search:
         part = 1 / mesh.context
         shards = self.bounds.shards(mesh.tensor)
         own = [sizes.parameters(at, at + 1, shards) for at in range(self.space.layers)]
-        weights = stage_costs([one.bytes * (held.parameters_on == "device") + one.trainable_bytes for one in own])
+        away = held.optimizer_on != "device"
+        lean = 0.5 if away and self.space.precision != "float32" else 1.0
+        kept = held.optimizer_kept if away else 1.0
+        weights = stage_costs(
+            [lean * (one.bytes * (held.parameters_on == "device") + kept * one.trainable_bytes) for one in own]
+        )
         optimizer = self.space.workload.optimizer
         elements = np.array([one.trainable_elements for one in own]) / (mesh.replicas if held.zero_stage else 1)
-        on_device = 1.0 if held.optimizer_on == "device" else 0.0
-        states = stage_costs(elements * optimizer.state_bytes_per_element * on_device)
+        states = stage_costs(elements * optimizer.state_bytes_per_element * kept)
         temporary = stage_costs(elements * optimizer.temporary_bytes_per_element)
         entering = stage_costs([0.0 if each.input is None else each.input.bytes(size) * part for each in graph.layers])
         working = max(layer.saved.at(size) for layer in graph.layers) / mesh.tensor * part
@@ -485,12 +554,13 @@ class _Search:
         self, mesh: Mesh, group: Group, states: States, cuts: tuple[int, ...], recompute: frozenset[int],
         selective: bool = False,
     ) -> Plan:  # fmt: skip
+        swap = states.activations_on != "device"
         return Plan(
             model=self.space.workload.graph.name,
             devices=mesh.placement.devices,
             global_batch=self.space.workload.global_batch,
             micro_batch=group.micro_batch,
-            stages=tuple(self._stage(start, stop, recompute, selective) for start, stop in pairwise(cuts)),
+            stages=tuple(self._stage(start, stop, recompute, selective, swap) for start, stop in pairwise(cuts)),
             data=mesh.data,
             tensor=mesh.tensor,
             pipeline=mesh.pipeline,
@@ -501,18 +571,25 @@ class _Search:
             zero_stage=states.zero_stage,
             parameters_on=states.parameters_on,
             optimizer_on=states.optimizer_on,
+            activations_on=states.activations_on if recompute else "device",
+            optimizer_kept=states.optimizer_kept,
+            delayed_update=states.delayed_update,
             tensor_sharding=self.space.split(mesh.tensor).sharding,
             precision=self.space.precision,
             exchange=self.space.constraints.exchange,
         )
 
-    def _stage(self, start: int, stop: int, recompute: frozenset[int], selective: bool) -> Stage:
+    def _stage(self, start: int, stop: int, recompute: frozenset[int], selective: bool, swap: bool) -> Stage:
         again = tuple(layer for layer in range(start, stop) if layer in recompute)
-        key = (start, stop, again, selective)
+        key = (start, stop, again, selective, swap)
         found = self._stages.get(key)
         if found is None:
             cores = tuple(layer for layer in range(start, stop) if selective and layer in self.bounds.cores)
-            stage = Stage(start=start, stop=stop, recompute=again, recompute_attention=cores)
+            if swap:
+                # A stage that lists none swaps all: where others swap, each gives at least one away.
+                stage = Stage(start=start, stop=stop, swap=again or ((start,) if recompute else ()))
+            else:
+                stage = Stage(start=start, stop=stop, recompute=again, recompute_attention=cores)
             found = self._stages[key] = stage
         return found
 

@@ -17,6 +17,7 @@ import msgspec
 from headway.errors import DoesNotFitError, FieldError, InputError, PlanError
 from headway.hardware.cluster import Cluster
 from headway.plan.plan import Plan
+from headway.predict.measured import MeasuredTimes
 from headway.predict.operators import Shards
 from headway.predict.prediction import Memory, Prediction
 from headway.predict.profile import Profile
@@ -42,6 +43,7 @@ def find(
     devices: int | None = None,
     constraints: Constraints = _UNCONSTRAINED,
     profile: Profile | None = None,
+    measured: MeasuredTimes | None = None,
     keep: int = 5,
     progress: Callable[[int, int], None] | None = None,
 ) -> Ranking:
@@ -49,7 +51,7 @@ def find(
 
     `goal`: "time" is the fastest step; "memory" the fewest peak bytes on the fullest device, the faster of equals;
     "cost" the fewest dollars for a step, or device-seconds where a device's price is not known. `devices`: how many to
-    use; None: as many of the cluster's as are best for the goal. `profile`: measured operator times for the predictor.
+    use; None: as many of the cluster's as are best for the goal. `profile` and `measured`: times for the predictor.
     `progress` is called with the number of plans settled so far and the number of all plans.
 
     Raises DoesNotFitError, naming the plan that comes nearest and what it lacks, if no plan fits; PlanError if the
@@ -68,7 +70,7 @@ def find(
             remedy="ask for fewer devices, or describe more with --cluster",
         )
     space = Space(workload, cluster, constraints, devices)
-    predictor = Predictor(workload, cluster, profile)
+    predictor = Predictor(workload, cluster, profile, measured=measured)
     found = exhaustive_search(space, predictor, goal=goal, keep=keep, progress=progress)
     if not found.records:
         raise _no_plan(space, found)
@@ -114,6 +116,15 @@ def _does_not_fit(space: Space, predictor: Predictor, found: Found) -> DoesNotFi
         for name, memory in zip(plan.devices, needs, strict=True)
     ]
     rank = max(range(len(lacking)), key=lambda at: lacking[at])
+    if lacking[rank] <= 0:
+        tiers = needs[rank].tiers
+        held = ", ".join(f"{format_bytes(size)} on {tier}" for tier, size in tiers.items())
+        raise DoesNotFitError(
+            f"no plan for {plan.model} fits; the nearest fits on the devices and needs {held} for rank {rank}, more "
+            "than there is",
+            place=f"{space.cluster.name}: {plan.describe()}",
+            remedy="use more devices or nodes, or moments in fewer bytes",
+        )
     memory = needs[rank]
     has = kinds[plan.devices[rank]].memory_bytes
     used = f"{fraction:.0%} of " if fraction < 1 else ""

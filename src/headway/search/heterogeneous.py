@@ -24,7 +24,7 @@ from headway.errors import InputError
 from headway.hardware.cluster import Cluster
 from headway.plan.plan import Plan, Stage
 from headway.predict.step import Predictor
-from headway.search.dynamic import dynamic_search, fits, recompute_less
+from headway.search.dynamic_plans import dynamic_search, fits, recompute_less
 from headway.search.ranking import Candidate
 from headway.search.stages import balanced_cuts, stage_costs
 from headway.search.tables import Pool, pools_of, sharding_of, shards_of

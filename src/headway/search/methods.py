@@ -15,6 +15,7 @@ import msgspec
 
 from headway.errors import DoesNotFitError, FieldError
 from headway.hardware.cluster import Cluster
+from headway.predict.measured import MeasuredTimes
 from headway.predict.profile import Profile
 from headway.predict.step import Predictor
 from headway.search.find import find
@@ -39,6 +40,7 @@ def find_by(
     devices: int | None = None,
     constraints: Constraints | None = None,
     profile: Profile | None = None,
+    measured: MeasuredTimes | None = None,
     keep: int = 5,
     budget_seconds: float | None = None,
     seed: int = 0,
@@ -54,13 +56,15 @@ def find_by(
         raise FieldError(f"{method!r} is no method of search", place="search", remedy=", ".join(get_args(Method)))
     if method in ("auto", "exact"):
         ranking = find(
-            workload, cluster, goal=goal, devices=devices, constraints=wanted, profile=profile, keep=keep,
-            progress=progress,
+            workload, cluster, goal=goal, devices=devices, constraints=wanted, profile=profile, measured=measured,
+            keep=keep, progress=progress,
         )  # fmt: skip
         if method == "exact" or cluster.is_homogeneous or wanted.runnable or goal != "time" or _fixed(wanted):
             return ranking
         method = "heterogeneous"
-        more = _others(method, workload, cluster, devices, wanted, profile, keep, budget_seconds, seed, progress)
+        more = _others(
+            method, workload, cluster, devices, wanted, profile, measured, keep, budget_seconds, seed, progress
+        )
         return _merged(ranking, more, keep)
     if goal != "time":
         raise FieldError(f"{method} searches for the fastest step", place="goal", remedy="use --search exact")
@@ -72,7 +76,7 @@ def find_by(
             )  # fmt: skip
         if fixed := _fixed(wanted):
             raise FieldError(f"{method} decides {fixed} itself", place=f"constraints: {fixed}", remedy="leave it open")
-    return _others(method, workload, cluster, devices, wanted, profile, keep, budget_seconds, seed, progress)
+    return _others(method, workload, cluster, devices, wanted, profile, measured, keep, budget_seconds, seed, progress)
 
 
 def _fixed(constraints: Constraints) -> str:
@@ -94,14 +98,14 @@ def _merged(one: Ranking, other: Ranking, keep: int) -> Ranking:
 
 def _others(
     method: str, workload: Workload, cluster: Cluster, devices: int | None, constraints: Constraints,
-    profile: Profile | None, keep: int, budget_seconds: float | None, seed: int,
+    profile: Profile | None, measured: MeasuredTimes | None, keep: int, budget_seconds: float | None, seed: int,
     progress: Callable[[int, int], None] | None,
 ) -> Ranking:  # fmt: skip
     started = time.perf_counter()
     machines = cluster if devices is None else cluster.subset(devices)
     if constraints.precision is not None:
         workload = msgspec.structs.replace(workload, precision=constraints.precision)
-    predictor = Predictor(workload, machines, profile)
+    predictor = Predictor(workload, machines, profile, measured=measured)
     fraction = constraints.memory_fraction
     evaluated = 0
     found: list[Candidate] = []
@@ -109,7 +113,7 @@ def _others(
     history: tuple[tuple[float, float], ...] = ()
     if method in ("dynamic", "heterogeneous"):
         # Imported where used: these compile, and the exact search, which most runs need alone, does not.
-        from headway.search.dynamic import dynamic_search
+        from headway.search.dynamic_plans import dynamic_search
         from headway.search.heterogeneous import search_heterogeneous
 
         search = dynamic_search if method == "dynamic" else search_heterogeneous
@@ -151,7 +155,7 @@ def _by_gradient(
     progress: Callable[[int, int], None] | None,
 ) -> tuple[list[Candidate], int]:  # fmt: skip
     """Descend on the tables of several micro-batches and ZeRO stages, an equal share of the budget on each."""
-    from headway.search.dynamic import fits
+    from headway.search.dynamic_plans import fits
     from headway.search.gradient import gradient
     from headway.search.tables import plan_of, stage_problem
 

@@ -1,9 +1,9 @@
 """Metropolis search directly over plans: the walk of `mcmc`, where stages cannot be judged by tables.
 
 A `StageProblem` needs stages whose costs do not depend on each other, and one micro-batch and schedule for all. Here a
-proposal changes anything that a plan says (degrees, micro-batch, schedule, ZeRO stage, recomputation, cuts, the order
-of the devices) and `Predictor.predict` judges the whole plan: much slower for each proposal, and exact about what the
-predictor knows.
+proposal changes anything that a plan says (degrees, context and expert parallelism, micro-batch, schedule, ZeRO stage,
+tiers, recomputation, cuts, the order of the devices) and `Predictor.predict` judges the whole plan: much slower for
+each proposal, and exact about what the predictor knows.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ from headway.predict.prediction import Prediction
 from headway.predict.step import Predictor
 from headway.search.mcmc import Progress, Record, check_budget
 from headway.search.ranking import Constraints
-from headway.search.space import Space
+from headway.search.space import Mesh, Space, States
 from headway.search.stages import balanced_cuts, stage_costs
 
 __all__ = ["PlanResult", "mcmc_plans"]
@@ -31,6 +32,7 @@ _HOT, _COLD = 0.05, 0.001
 # What lacking memory adds to log(seconds), and lacking a share of it.
 _LACKING, _LACKING_SHARE = 0.3, 2.0
 _DRAWS, _WALKS = 200, 20
+_HERE = States(0)
 
 
 class PlanResult(NamedTuple):
@@ -58,6 +60,9 @@ class _Choice:
     sequence_parallel: bool
     cuts: tuple[int, ...]
     again: tuple[int, ...]
+    context: int = 1
+    expert: int = 1
+    states: States = _HERE  # where they rest; the ZeRO stage is `zero_stage`
 
 
 class _Plans:
@@ -74,12 +79,14 @@ class _Plans:
             device.name: kinds[device.accelerator].memory_bytes * constraints.memory_fraction
             for device in self.cluster.devices
         }
+        self._is_cpu = any(kind.torch_device == "cpu" for kind in kinds.values())
+        self._resting = self.space.states(Mesh(self.placements[0], 1, 1, 1))
         self._cuts: dict[tuple[int, int], tuple[int, ...]] = {}
 
     def plan(self, choice: _Choice) -> Plan:
         """The plan of a choice; raises PlanError if it contradicts itself, the model or the constraints."""
         fixed = self.constraints
-        for name in ("data", "tensor", "pipeline", "micro_batch", "zero_stage", "schedule"):
+        for name in ("data", "tensor", "pipeline", "context", "expert", "micro_batch", "zero_stage", "schedule"):
             wanted = getattr(fixed, name)
             if wanted is not None and wanted != getattr(choice, name):
                 raise PlanError(f"must be {wanted}", place=f"constraints: {name}")
@@ -87,8 +94,10 @@ class _Plans:
         if choice.tensor > 1 and not split.blocks:
             raise PlanError(f"nothing divides {choice.tensor} ways", place="tensor")
         ends = (*choice.cuts[1:], self.layers)
+        # Where activations rest elsewhere, a layer is swapped instead of recomputed; a stage that lists none swaps all.
+        swap = choice.states.activations_on != "device" and any(choice.again)
         stages = tuple(
-            Stage(start=start, stop=stop, recompute=tuple(range(start, start + min(again, stop - start))))
+            _stage(start, stop, max(again, 1) if swap else again, swap)
             for start, stop, again in zip(choice.cuts, ends, choice.again, strict=True)
         )
         return Plan(
@@ -103,6 +112,13 @@ class _Plans:
             schedule=choice.schedule,  # type: ignore[arg-type]
             zero_stage=choice.zero_stage,  # type: ignore[arg-type]
             sequence_parallel=choice.sequence_parallel,
+            context=choice.context,
+            expert=choice.expert,
+            parameters_on=choice.states.parameters_on,
+            optimizer_on=choice.states.optimizer_on,
+            activations_on=choice.states.activations_on if swap else "device",
+            optimizer_kept=choice.states.optimizer_kept,
+            delayed_update=choice.states.delayed_update,
             tensor_sharding=split.sharding,
             precision=self.space.precision,
             exchange=fixed.exchange,
@@ -111,11 +127,18 @@ class _Plans:
     def judge(self, plan: Plan) -> tuple[float, Prediction, bool]:
         """(energy, prediction, whether it fits)."""
         prediction = self.predictor.predict(plan)
-        needs = {
+        needs: dict[Any, float] = {
             id(memory) if len(self.cluster.accelerators) == 1 else (id(memory), name): memory.total_bytes
             / self.room[name]
             for name, memory in zip(plan.devices, prediction.memory, strict=True)
         }
+        elsewhere = self.predictor.stages.tiers
+        is_here = plan.parameters_on == plan.optimizer_on == plan.activations_on == "device"
+        for name, memory in () if is_here else zip(plan.devices, prediction.memory, strict=True):
+            for tier, size in memory.tiers.items():
+                needs[id(memory), tier] = size / elsewhere.capacity_bytes(tier, name)  # type: ignore[arg-type]
+            if self._is_cpu:  # there the host's memory is the device's
+                needs[id(memory), "both"] = (memory.total_bytes + memory.host_bytes) / self.room[name]
         lacking = max(needs.values()) - 1
         price = _LACKING + _LACKING_SHARE * min(lacking, 10.0) if lacking > 0 else 0.0
         return math.log(prediction.time.step_seconds) + price, prediction, lacking <= 0
@@ -130,11 +153,15 @@ class _Plans:
             pipeline *= prime if axis == 2 else 1
         fixed = self.constraints
         tensor, pipeline = fixed.tensor or tensor, fixed.pipeline or pipeline
-        data = fixed.data or max(1, count // tensor // pipeline)
-        micro = max((size for size in self._micro_batches(data)), key=lambda size: (size <= 4, size), default=1)
+        context = fixed.context or 1
+        data = fixed.data or max(1, count // tensor // pipeline // context)
+        samples = self.workload.global_batch // data
+        # Most schedules need a micro-batch for each pipeline rank.
+        filling = [size for size in self._micro_batches(data) if samples // size >= pipeline]
+        micro = max(filling or self._micro_batches(data), key=lambda size: (size <= 4, size), default=1)
         choice = _Choice(
             int(self.rng.integers(len(self.placements))), data, tensor, pipeline, fixed.micro_batch or micro,
-            "none", 1, fixed.zero_stage or 0, False, (0,), (0,),
+            "none", 1, fixed.zero_stage or 0, False, (0,), (0,), context, fixed.expert or 1,
         )  # fmt: skip
         return self._staged(choice, fixed.schedule or ("1f1b" if pipeline > 1 else "none"), 1)
 
@@ -167,9 +194,39 @@ class _Plans:
     def propose(self, choice: _Choice) -> _Choice:
         """The choice with one thing changed; it may be impossible."""
         rng = self.rng
-        moves = (self._degrees, self._micro_batch, self._zero_stage, self._schedule, self._cut, self._recompute,
-                 self._recompute, self._sequence, self._placement)  # fmt: skip
+        moves = [self._degrees, self._micro_batch, self._zero_stage, self._schedule, self._cut, self._recompute,
+                 self._recompute, self._sequence, self._placement]  # fmt: skip
+        # Only where there is a choice: the same walk as before elsewhere.
+        moves += [self._context] * self.has_context + [self._expert] * self.has_experts
+        moves += [self._tiers] * (len(self._resting) > 1)
         return moves[int(rng.integers(len(moves)))](choice)
+
+    @cached_property
+    def has_context(self) -> bool:
+        """Whether tokens of a sample may be divided."""
+        return len(self.space.contexts(len(self.cluster))) > 1
+
+    @cached_property
+    def has_experts(self) -> bool:
+        """Whether experts may be divided."""
+        return len(self.space.expert_degrees(len(self.cluster))) > 1
+
+    def _context(self, choice: _Choice) -> _Choice:
+        """Some replicas become parts of one sample's tokens, or the other way round."""
+        ranks = choice.data * choice.context
+        degrees = self.space.contexts(ranks)
+        context = degrees[int(self.rng.integers(len(degrees)))] if degrees else 1
+        data = ranks // context
+        sizes = self._micro_batches(data)
+        size = max((size for size in sizes if size <= choice.micro_batch), default=1)
+        return replace(choice, context=context, data=data, micro_batch=size)
+
+    def _expert(self, choice: _Choice) -> _Choice:
+        degrees = self.space.expert_degrees(choice.data * choice.context)
+        return replace(choice, expert=degrees[int(self.rng.integers(len(degrees)))]) if degrees else choice
+
+    def _tiers(self, choice: _Choice) -> _Choice:
+        return replace(choice, states=self._resting[int(self.rng.integers(len(self._resting)))])
 
     def _degrees(self, choice: _Choice) -> _Choice:
         axes, rng = ("data", "tensor", "pipeline"), self.rng
@@ -189,7 +246,8 @@ class _Plans:
         choice = replace(
             choice,
             micro_batch=size,
-            zero_stage=zero_stage if choice.data > 1 else 0,
+            zero_stage=zero_stage if choice.data * choice.context > 1 else 0,
+            expert=choice.expert if choice.data * choice.context % choice.expert == 0 else 1,
             sequence_parallel=choice.sequence_parallel and choice.tensor > 1,
         )
         return self._staged(choice, choice.schedule, choice.virtual) if "pipeline" in changed else choice
@@ -205,8 +263,8 @@ class _Plans:
         return replace(choice, zero_stage=int(self.rng.integers(4)))
 
     def _schedule(self, choice: _Choice) -> _Choice:
-        kinds = ("gpipe", "1f1b", "interleaved")
-        return self._staged(choice, kinds[int(self.rng.integers(3))], 2 ** int(self.rng.integers(1, 4)))
+        kinds = ("gpipe", "1f1b", "interleaved") + ("zero_bubble",) * (not self.constraints.runnable)
+        return self._staged(choice, kinds[int(self.rng.integers(len(kinds)))], 2 ** int(self.rng.integers(1, 4)))
 
     def _cut(self, choice: _Choice) -> _Choice:
         if len(choice.cuts) < 2:
@@ -238,6 +296,11 @@ class _Plans:
 
     def _placement(self, choice: _Choice) -> _Choice:
         return replace(choice, placement=int(self.rng.integers(len(self.placements))))
+
+
+def _stage(start: int, stop: int, again: int, swap: bool) -> Stage:
+    chosen = tuple(range(start, start + min(again, stop - start)))
+    return Stage(start=start, stop=stop, swap=chosen) if swap else Stage(start=start, stop=stop, recompute=chosen)
 
 
 def mcmc_plans(

@@ -21,7 +21,8 @@ class Constraints(Value):
     every layer) say what it says. `runnable`: only plans that Headway's own runtime carries out; without it the search
     also weighs `context` and `expert` parallelism, divides activations by tokens (`sequence_parallel`, None: wherever
     tensor is above 1) and knows the zero_bubble schedule. `offload`: "optimizer" and "any" let optimizer states, and
-    parameters too, rest on the host.
+    parameters and activations too, rest on the host, on disk, or in other nodes' memory; `delayed_update`: the host's
+    update may go on beside the next step, whose gradients are then of parameters one step old.
     `memory_fraction`: the share of a device's memory that a plan may fill; the rest is for the framework itself and
     for fragmentation. `exchange`: who carries out the collectives of all plans (see Plan); on a probed machine its
     figures must have been measured with the same.
@@ -41,6 +42,7 @@ class Constraints(Value):
     expert: int | None = None
     sequence_parallel: bool | None = None
     offload: Literal["none", "optimizer", "any"] = "none"
+    delayed_update: bool = False
     runnable: bool = True
 
     def validate(self, *, place: str = "constraints") -> Constraints:
@@ -54,6 +56,12 @@ class Constraints(Value):
                 f"must be above 0 and at most 1, not {self.memory_fraction:g}",
                 place=f"{place}: memory_fraction",
                 remedy="0.95 leaves 5 % of each device's memory free",
+            )
+        if self.delayed_update and self.offload == "none":
+            raise FieldError(
+                "speaks of an optimizer off the device",
+                place=f"{place}: delayed_update",
+                remedy="add --offload optimizer",
             )
         if self.runnable:
             self._validate_runnable(place)
@@ -76,7 +84,6 @@ class Constraints(Value):
             "context": (self.context or 1) > 1,
             "expert": (self.expert or 1) > 1,
             "sequence_parallel": bool(self.sequence_parallel),
-            "offload": self.offload != "none",
             "recompute": self.recompute == "selective",
             "schedule": self.schedule == "zero_bubble",
             "precision": self.precision not in (None, "float32", "bfloat16"),
@@ -106,7 +113,7 @@ class Constraints(Value):
         if self.sequence_parallel is not None:
             fixed.append(f"sequence parallel {'on' if self.sequence_parallel else 'off'}")
         if self.offload != "none":
-            fixed.append(f"offload {self.offload}")
+            fixed.append(f"offload {self.offload}" + (" with delayed updates" if self.delayed_update else ""))
         if self.recompute != "any":
             fixed.append(f"recompute {self.recompute}")
         return ", ".join(fixed)

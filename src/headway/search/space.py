@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Literal, NamedTuple
 
 from headway.hardware.cluster import Cluster
 from headway.plan.plan import Precision, Schedule, Tier
+from headway.predict.tiers import TierRates
 from headway.search.ranking import Constraints
 from headway.workload.graph import Graph, Workload
 
@@ -20,6 +22,9 @@ _FEW_DIVISORS = 12
 # Numbers of devices that fill whole nodes are all tried up to so many nodes; beyond, the divisors and powers of two.
 _FEW_NODES = 16
 _VIRTUAL_STAGES = (2, 4, 8)
+_Places = tuple[Tier, Tier, Tier, float, bool]
+# Shares of an optimizer off the device that stay there all the same.
+_KEPT = (0.0, 0.25, 0.5, 0.75)
 # Ring attention pays where sequences are long: a rank is left at least so many tokens of each sample.
 _LEAST_TOKENS = 1024
 
@@ -67,11 +72,22 @@ class Mesh(NamedTuple):
 
 
 class States(NamedTuple):
-    """How replicas divide the states among them, and where those rest."""
+    """How replicas divide the states among them, and where those rest (see `Plan`).
+
+    With `activations_on` off the device a plan swaps as many layers as make it fit, where others recompute them.
+    """
 
     zero_stage: Literal[0, 1, 2, 3]
     parameters_on: Tier = "device"
     optimizer_on: Tier = "device"
+    activations_on: Tier = "device"
+    optimizer_kept: float = 0.0
+    delayed_update: bool = False
+
+    @property
+    def is_here(self) -> bool:
+        """Whether everything rests on the device."""
+        return self.parameters_on == self.optimizer_on == self.activations_on == "device"
 
 
 class Group(NamedTuple):
@@ -160,15 +176,15 @@ class Space:
             for pipeline in _divisors(count // tensor):
                 if constraints.pipeline not in (None, pipeline):
                     continue
-                for context in self._contexts(count // tensor // pipeline):
+                for context in self.contexts(count // tensor // pipeline):
                     data = count // tensor // pipeline // context
                     if constraints.data not in (None, data):
                         continue
-                    for expert in self._expert_degrees(data * context):
+                    for expert in self.expert_degrees(data * context):
                         mesh = Mesh(placement, data, tensor, pipeline, context, expert)
                         yield mesh, self._obstacle(mesh)
 
-    def _contexts(self, count: int) -> tuple[int, ...]:
+    def contexts(self, count: int) -> tuple[int, ...]:
         """Context degrees that divide `count`."""
         fixed = self.constraints.context
         if fixed is not None or self.constraints.runnable:
@@ -183,7 +199,7 @@ class Space:
             if degree == 1 or (tokens % (2 * degree) == 0 and tokens // degree >= _LEAST_TOKENS)
         )
 
-    def _expert_degrees(self, count: int) -> tuple[int, ...]:
+    def expert_degrees(self, count: int) -> tuple[int, ...]:
         """Expert degrees that divide both `count` and the experts of every mixture."""
         fixed = self.constraints.expert
         if fixed is not None or self.constraints.runnable:
@@ -299,11 +315,36 @@ class Space:
         stages: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3) if mesh.replicas > 1 else (0,)
         if fixed is not None:
             stages = (fixed,)
-        found = [States(stage) for stage in stages]
-        if self.constraints.offload != "none":
-            found += [States(stage, optimizer_on="host") for stage in stages]
-        if self.constraints.offload == "any":
-            found += [States(stage, "host", "host") for stage in stages]
+        found = (States(stage, *places) for places in self._resting for stage in stages)
+        if not self.constraints.runnable:
+            return tuple(found)
+        # Our runtime slices parameters that rest elsewhere over the replicas, as ZeRO 3 does.
+        return tuple(one for one in found if one.parameters_on == "device" or one.zero_stage == 3 or mesh.replicas == 1)
+
+    @cached_property
+    def _resting(self) -> tuple[_Places, ...]:
+        """Where states may rest: tiers of parameters, optimizer and activations, what is kept, and whether delayed.
+
+        Parameters are needed twice in a step and the optimizer's states once, so parameters never rest further away.
+        Swapped activations are weighed alone, and on the host beside states that rest elsewhere.
+        """
+        here: Tier = "device"
+        wanted = self.constraints
+        found: list[_Places] = [(here, here, here, 0.0, False)]
+        if wanted.offload == "none":
+            return tuple(found)
+        tiers = TierRates(self.cluster).available
+        # Parameters, then the optimizer; alone the optimizer may stay in part.
+        pairs: list[tuple[Tier, Tier]] = [(here, tier) for tier in tiers]
+        if wanted.offload == "any":
+            pairs += itertools.combinations_with_replacement(tiers, 2)
+        swaps: list[Tier] = [here]
+        if wanted.offload == "any" and wanted.recompute in ("any", "none"):
+            swaps.append("host")
+            found.extend((here, here, tier, 0.0, False) for tier in tiers)
+        for delayed in (False, True) if wanted.delayed_update else (False,):
+            found.extend((here, tier, here, kept, delayed) for tier in tiers for kept in _KEPT if kept)
+            found.extend((near, far, swap, 0.0, delayed) for swap in swaps for near, far in pairs)
         return tuple(found)
 
 

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from headway.plan.plan import Plan
+from headway.predict.parts import Offload
 from headway.predict.pipeline import WEIGHT, Cell
 from headway.predict.prediction import StepTime
 from headway.simulate.streams import Busy, Pace
@@ -64,7 +65,8 @@ class Played(NamedTuple):
     """One attempt, from `begun` until all steps were done or it was stopped; what is by kind is in their order.
 
     `ends`: when each completed step ended. `groups`: the replicas of each pipeline rank; `tied`: the pipeline ranks
-    that sum tied gradients, and when. `losses`: (seconds, rank) of devices lost.
+    that sum tied gradients, and when. `copies`: gradients on their way to another tier, and the updates there.
+    `losses`: (seconds, rank) of devices lost.
     """
 
     begun: float
@@ -76,6 +78,7 @@ class Played(NamedTuple):
     sends: tuple[tuple[tuple[Busy, ...], tuple[Busy, ...]], ...]
     groups: tuple[tuple[Busy, ...], ...]
     tied: tuple[tuple[tuple[int, ...], tuple[Busy, ...]], ...]
+    copies: tuple[tuple[tuple[Busy, ...], tuple[Busy, ...]], ...]
     everybody: tuple[Busy, ...]
     losses: tuple[tuple[float, int], ...]
 
@@ -117,12 +120,14 @@ class StepSimulation:
         steps: int,
         works: Sequence[dict[int, StageWork]],
         paces: dict[tuple[int, int], tuple[Pace, Pace]],
+        offloads: Sequence[Offload | None] = (),
     ) -> None:
         self.plan = plan
         self.kinds = tuple(kinds)
         self.attempts = attempts
         self.steps = steps
         self._works = works  # by kind, then stage
+        self._offloads = offloads  # by kind
         self._paces = paces  # (kind, position in the team) → its own pace, and its team's
         self._where = {
             rank: (number, position)
@@ -298,6 +303,7 @@ class StepSimulation:
                 name = _SHARED[busy.what[0]] + (f" {busy.what[-1]}" if busy.what[0] == "bucket" else "")
                 lane = "pipeline" if busy.what[0] == "tied" else "data"
                 found.append(_span(name, f"rank {rank}/{lane}", busy.start, min(busy.stop, stop), "communication"))
+            found += self._offload_spans(rank, number, attempt, stop)
             for lane, name, stream in (
                 ("send", "send activation", attempt.sends[number][0]),
                 ("send back", "send gradient", attempt.sends[number][1]),
@@ -308,6 +314,28 @@ class StepSimulation:
                         end = min(busy.stop, stop)
                         found.append(_span(name, f"rank {rank}/{lane}", busy.start, end, "communication", detail))
         return sorted((span for span in found if span.duration_seconds > 0), key=lambda span: span.start_seconds)
+
+    def _offload_spans(self, rank: int, number: int, attempt: Played, stop: float) -> list[Span]:
+        """The lanes of an update away from the device: copies both ways, the host, and the tier of its states."""
+        parts = self._offloads[number] if self._offloads else None
+        if parts is None:
+            return []
+        away, updates = attempt.copies[number]
+        found = [
+            _span("gradients to their tier", f"rank {rank}/copies", busy.start, min(busy.stop, stop), "communication")
+            for busy in away
+            if busy.start < stop
+        ]
+        for busy in updates:
+            for lane, name, seconds in (
+                ("host", "update", parts.update),
+                ("states", "read and write optimizer states", parts.states),
+                ("copies", "updated parameters", parts.back),
+            ):
+                end = min(busy.start + seconds, busy.stop, stop)
+                if busy.start < end:
+                    found.append(_span(name, f"rank {rank}/{lane}", busy.start, end, "optimizer"))
+        return found
 
     def _pass_spans(self, rank: int, number: int, one: Pass, stop: float, share: float, by_layer: bool) -> list[Span]:
         stage, index, backward = one.cell

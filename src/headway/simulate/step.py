@@ -186,7 +186,11 @@ class _Run:
         self.kinds = kinds_of(plan, self._own)
         works: dict[tuple, _Work] = {}
         self.works = [self._work_of(kind.one, works) for kind in self.kinds]  # by kind
-        self.usual = _axis_seconds(self.parts, plan)
+        # Times that were measured do not follow links that change: what a change does is asked of the formulas.
+        formulas = predictor
+        if predictor.measured is not None:
+            formulas = Predictor(predictor.workload, cluster, predictor.profile)
+        self.usual = _axis_seconds(formulas.parts(plan), plan)
         self.links = self._follow_links()
 
     # -- what sets ranks apart
@@ -299,7 +303,8 @@ class _Run:
             # Steps done since the checkpoint are done again.
             first = (first + len(played.ends)) // checkpoint_steps * checkpoint_steps
         works = [work.stages for work in self.works]
-        return StepSimulation(self.plan, self.kinds, tuple(attempts), steps, works, self._paces(gone))
+        offloads = [work.once.offload for work in self.works]
+        return StepSimulation(self.plan, self.kinds, tuple(attempts), steps, works, self._paces(gone), offloads)
 
     def _paces(self, gone: set[int]) -> dict[tuple[int, int], tuple[Pace, Pace]]:
         """For the teams whose ranks are not equally fast: each rank's own pace, and that of all together."""
@@ -402,6 +407,9 @@ class _Player:
         self.work = run.works[number]
         self.group = attempt.groups[team.pipeline]
         self.inside, self.forth, self.back = attempt.streams_of(number, kind)
+        # Copies of gradients to another tier, and the update there with what it reads, writes and sends back.
+        self.copies, self.host = Stream(attempt.engine, Pace(())), Stream(attempt.engine, Pace(()))
+        self.last_update: Event | None = None
         self.passes: list[Pass] = []
         self.updates: list[tuple[float, float]] = []
         self.outstanding: list[Event] = []
@@ -575,6 +583,7 @@ class _Attempt:
             sends=tuple((tuple(player.forth.busy), tuple(player.back.busy)) for player in self.players),
             groups=tuple(tuple(group.stream.busy) for group in self.groups),
             tied=tuple((stages, tuple(group.stream.busy)) for stages, group in sorted(self.tied.items())),
+            copies=tuple((tuple(player.copies.busy), tuple(player.host.busy)) for player in self.players),
             everybody=tuple(self.everybody.stream.busy),
             losses=tuple(sorted(lost.items())),
         )
@@ -607,11 +616,18 @@ class _Attempt:
                     yield event
             me.outstanding.clear()
             own = me.work.once
+            if own.offload is not None and own.offload.out and not me.work.overlaps:
+                yield me.copies.submit(own.offload.out, ("out", step), engine.event("gradients are away"))
             if holders := self._holders(rank):
                 expected = sum(self.of_rank[each] for each in holders)
                 yield self.tied[holders].join(("tied", step), own.tied, expected)
+            if me.last_update is not None and not me.last_update.happened:
+                yield me.last_update  # its parameters are those of the next step
             start = engine.now
-            stop = me.pace.end(start, own.update)
+            stop = me.pace.end(start, own.update if own.offload is None else own.update - own.offload.exposed_out)
+            if own.offload is not None:
+                done = me.host.submit(own.offload.seconds, ("update", step), engine.event("updated elsewhere"))
+                me.last_update = done if own.background else None
             me.updates.append((start, me.pace.worked_until(start, stop)))
             yield self._never if stop == math.inf else stop - start
             if own.after:
@@ -665,6 +681,11 @@ class _Attempt:
         makes = WEIGHT if self.plan.schedule == "zero_bubble" else 1
         return cell.backward == makes and cell.micro_batch == me.micro_batches - 1
 
+    def _leaving(self, me: _Player, cell: Cell) -> float:
+        """Seconds that all gradients of a rank take to another tier, if they leave beside this pass."""
+        offload = me.work.once.offload
+        return offload.out if offload is not None and me.work.overlaps and self._finishes(me, cell) else 0.0
+
     def _gathers(self, stage: StageWork, cell: Cell) -> tuple[float, ...]:
         """Seconds to gather each layer's parameters for this pass; empty if they are there."""
         if cell.backward == WEIGHT:
@@ -688,7 +709,7 @@ class _Attempt:
             return True
         if not me.work.overlaps:
             return False
-        if self._finishes(me, cell) and me.work.once.exchanged:
+        if self._finishes(me, cell) and (me.work.once.exchanged or self._leaving(me, cell)):
             return True
         return bool(self._gathers(stage, cell) or self._scatters(me, stage, cell))
 
@@ -698,6 +719,8 @@ class _Attempt:
         order = range(len(shares) - 1, -1, -1) if cell.backward else range(len(shares))
         gathers, scatters = self._gathers(stage, cell), self._scatters(me, stage, cell)
         finishes = self._finishes(me, cell) and me.work.once.exchanged > 0
+        leaves = self._leaving(me, cell)
+        made = sum(sum(me.work.stages[each].gradients) for each in self.plan.stages_of(me.pipeline))
         total = stage.compute[cell.backward] * draw
         inside = stage.inside_seconds(cell.backward)
         slowdown = me.work.slowdown
@@ -742,6 +765,9 @@ class _Attempt:
                 me.outstanding.append(me.group.join(what, scatters[layer], self._expected(me, cell)))
             elif finishes:
                 self._fill(me, step, stage.gradients[layer])
+            if leaves and stage.gradients[layer]:
+                seconds = leaves * stage.gradients[layer] / made
+                me.outstanding.append(me.copies.submit(seconds, ("out", step, layer), engine.event("gradients away")))
 
     def _expected(self, me: _Player, cell: Cell) -> int:
         """How many kinds of team come to a collective of this pass."""

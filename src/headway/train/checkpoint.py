@@ -6,6 +6,10 @@ under the plan that it had, or under another: other degrees, another ZeRO stage,
     model.<parameter or buffer>          optimizer.<parameter>.<state>        rng.<rank>
     step, groups (hyperparameters of the optimizer's groups), scheduler
 
+An optimizer off the device saves what torch's own would, in float32: masters as the parameters, moments however they
+are kept. An update still going on (`delayed_update`) is put in force first, so that a run that goes on and one that
+resumes do the same.
+
 A checkpoint is written beside its final place and renamed when it is whole, then `latest` is made to name it. Whatever
 happens, a full disk included, the checkpoints before it stay as they are.
 """
@@ -32,9 +36,13 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from headway.errors import CheckpointError, FileError
+from headway.memory.tiling import Tile
+from headway.train.infinity_groups import described
+from headway.train.tiles import RowsOfWhole
 from headway.value import read_text, write_atomically
 
 if TYPE_CHECKING:
+    from headway.train.offload import OffloadedOptimizer, Share
     from headway.train.parallel import Parallel
 
 __all__ = ["latest", "load", "load_full", "save", "step_of"]
@@ -48,7 +56,9 @@ def save(directory: Path, parallel: Parallel, *, step: int, scheduler: Any = Non
     final = directory / f"step-{step}"
     partial = directory / f".step-{step}.partial"
     _on_first_rank(parallel, partial, lambda: _make_empty(partial))
-    state = _state(parallel)
+    if parallel.offload is not None:
+        parallel.offload.settle()
+    state, later = _state(parallel)
     state["step"] = step
     state["groups"] = [
         {key: value for key, value in group.items() if key != "params"} for group in parallel.optimizer.param_groups
@@ -59,12 +69,11 @@ def save(directory: Path, parallel: Parallel, *, step: int, scheduler: Any = Non
     if parallel.device.type == "cuda":
         state[f"cuda_rng.{parallel.rank}"] = torch.cuda.get_rng_state(parallel.device)
     try:
-        with _quietly():
+        with _quietly(), parallel.present():
             dcp.save(
                 state,
                 storage_writer=dcp.FileSystemWriter(partial),
-                # Our keys are flat already, and their values are to stay whole.
-                planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                planner=_Planner(later),
                 no_dist=parallel.mesh is None,
             )
     except (CheckpointException, OSError, RuntimeError) as error:
@@ -83,7 +92,7 @@ def load(path: Path, parallel: Parallel, *, scheduler: Any = None) -> int:
     metadata = _metadata(path)
     known = metadata.state_dict_metadata
     _check_model(path, parallel, known)
-    states, held = _room_for_states(parallel, known)
+    states, held = _room_for_states(parallel, known) if parallel.offload is None else ({}, {})
     wanted: dict[str, Any] = {f"model.{name}": tensor for name, tensor in _model(parallel)}
     wanted.update(states)
     wanted.update(dict.fromkeys(key for key in ("step", "groups", "scheduler") if key in known))
@@ -93,12 +102,15 @@ def load(path: Path, parallel: Parallel, *, scheduler: Any = None) -> int:
         if isinstance(entry, TensorStorageMetadata):
             wanted[key] = torch.empty(entry.size, dtype=torch.uint8)
     try:
-        with _quietly(), torch.no_grad():
+        with _quietly(), torch.no_grad(), parallel.present(changed=True):
             _read(wanted, path, alone=parallel.mesh is None)
+            if parallel.offload is not None:
+                _load_offloaded(path, parallel, parallel.offload, known)
     except (CheckpointException, OSError, RuntimeError, KeyError, EOFError) as error:
         raise _failed(error, path, "read") from error
     _put_states(parallel, wanted, held)
-    _copy_to_ties(parallel)
+    with parallel.present(changed=True):
+        _copy_to_ties(parallel)
     for group, saved in zip(parallel.optimizer.param_groups, wanted["groups"], strict=False):
         group.update(saved)
     if scheduler is not None and wanted.get("scheduler") is not None:
@@ -108,6 +120,8 @@ def load(path: Path, parallel: Parallel, *, scheduler: Any = None) -> int:
         torch.set_rng_state(wanted[generators[0]])
         if parallel.device.type == "cuda" and wanted.get(generators[1]) is not None:
             torch.cuda.set_rng_state(wanted[generators[1]], parallel.device)
+    if parallel.offload is not None:
+        parallel.offload.steps_done = int(wanted["step"])
     return int(wanted["step"])
 
 
@@ -153,21 +167,110 @@ def latest(directory: str | Path) -> Path | None:
 # What a rank holds, as parts of wholes
 
 
-def _state(parallel: Parallel) -> dict[str, Any]:
+def _state(parallel: Parallel) -> tuple[dict[str, Any], dict[str, Callable[[], torch.Tensor]]]:
+    """What a rank holds, by key; and for what is read from its tier only when it is written, how to get it."""
     state: dict[str, Any] = {f"model.{name}": tensor for name, tensor in _model(parallel)}
+    if parallel.offload is not None:
+        later = _offloaded_state(parallel, parallel.offload, state)
+        return state, later
     states = _states(parallel)
+    tiles = parallel.tiles()
+    tiled: list[tuple[str, Tile, torch.Tensor]] = []
     for name, parameter in parallel.parameters():
         for key, value in states.get(parameter, {}).items():
-            state[f"optimizer.{name}.{key}"] = _part(parallel, name, parameter, value)
-    return state
+            if id(parameter) in tiles and value.shape == parameter.shape:
+                tiled.append((f"optimizer.{name}.{key}", tiles[id(parameter)], value))
+            else:
+                state[f"optimizer.{name}.{key}"] = _part(parallel, name, parameter, value)
+    state.update(RowsOfWhole.gather(tiled))
+    return state, {}
 
 
-def _model(parallel: Parallel) -> Iterator[tuple[str, torch.Tensor]]:
+def _offloaded_state(
+    parallel: Parallel, offload: OffloadedOptimizer, state: dict[str, Any]
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """Put what the optimizer keeps off the device into `state`, as tensors without memory; key → how to read it.
+
+    So no more of it comes to the host at once than one tensor, however much of it rests on disk.
+    """
+    later: dict[str, Callable[[], torch.Tensor]] = {}
+    for share in offload.all_shares:
+        name = share.name
+        shape = _local_shape(share)
+        empty = _part(parallel, name, share.parameter, _of_share(parallel, share, torch.empty(shape, device="meta")))
+        if share.dtype != torch.float32:
+            state[f"model.{name}"] = empty
+            later[f"model.{name}"] = lambda share=share, shape=shape: offload.master_of(share).view(shape)
+        for moment in offload.moment_names(share):
+            key = f"optimizer.{name}.{moment}"
+            state[key] = empty
+            later[key] = lambda share=share, shape=shape, moment=moment: offload.moment_of(share, moment).view(shape)
+        if share.steps and offload.counts_steps(share):
+            state[f"optimizer.{name}.step"] = torch.tensor(float(share.steps))
+    return later
+
+
+def _local_shape(share: Share) -> tuple[int, ...]:
+    """The shape of a rank's share of a parameter."""
+    local = share.parameter.to_local() if isinstance(share.parameter, DTensor) else share.parameter
+    return tuple(local.shape) if share.rows is None else (share.rows[1] - share.rows[0], *local.shape[1:])
+
+
+def _of_share(parallel: Parallel, share: Share, local: torch.Tensor) -> torch.Tensor:
+    """A rank's share of a tensor as the part that it is of what the replicas hold together."""
+    parameter = share.parameter
+    if isinstance(parameter, DTensor):
+        mesh, placements = parameter.device_mesh, parameter.placements
+    elif share.rows is not None:
+        assert parallel.mesh is not None
+        mesh, placements = parallel.mesh["data"], (Shard(0),)
+    else:
+        return local
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
+
+
+def _load_offloaded(path: Path, parallel: Parallel, offload: OffloadedOptimizer, known: Any) -> None:
+    """Bring the states of an optimizer off the device to its tier, one parameter's at a time."""
+    for share in offload.all_shares:
+        rooms: dict[str, torch.Tensor] = {}
+        wanted: dict[str, Any] = {}
+        for key in ("model", *offload.possible_moments(share), "step"):
+            full = f"model.{share.name}" if key == "model" else f"optimizer.{share.name}.{key}"
+            if full not in known:
+                continue
+            rooms[key] = torch.zeros(() if key == "step" else _local_shape(share))
+            part = rooms[key] if key == "step" else _of_share(parallel, share, rooms[key])
+            wanted[full] = part if key == "step" else _part(parallel, share.name, share.parameter, part)
+        # Each rank for itself: that of an empty share has nothing to read, and collectives would wait for it.
+        _read(wanted, path, alone=True)
+        master = rooms.pop("model").reshape(-1)
+        steps = int(rooms.pop("step").item()) if "step" in rooms else int(bool(rooms))
+        offload.put(share, master, {name: room.reshape(-1) for name, room in rooms.items()}, steps)
+
+
+class _Planner(DefaultSavePlanner):
+    """Our keys are flat already, and their values are to stay whole; some are made only when they are written."""
+
+    def __init__(self, later: dict[str, Callable[[], torch.Tensor]]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._later = later
+
+    def lookup_object(self, index: Any) -> Any:
+        make = self._later.get(index.fqn)
+        return super().lookup_object(index) if make is None else make()
+
+
+def _model(parallel: Parallel) -> Iterator[tuple[str, Any]]:
     seen: set[str] = set()
+    tiles = parallel.tiles()
+    held = [(name, tiles[id(p)], described(p)) for name, p in parallel.parameters() if id(p) in tiles]
+    yield from RowsOfWhole.gather(held).items()
     for name, parameter in parallel.parameters():
-        if name not in seen:
+        if name not in seen and id(parameter) not in tiles:
             seen.add(name)
-            yield name, _part(parallel, name, parameter, parameter.detach())
+            yield name, _part(parallel, name, parameter, described(parameter))
     for piece in parallel.pieces:
         for path, module in piece.module.model.named_modules():
             for key, buffer in module._buffers.items():
@@ -219,30 +322,62 @@ def _room_for_states(parallel: Parallel, known: Any) -> tuple[dict[str, Any], di
             by_parameter.setdefault(name, []).append(state)
     wanted: dict[str, Any] = {}
     held: dict[str, tuple[nn.Parameter, str, Any]] = {}
+    tiles = parallel.tiles()
+    tiled: list[tuple[str, nn.Parameter, str, Any]] = []
     for name, parameter in parallel.parameters():
         if id(parameter) not in updated:
             continue
         for state in by_parameter.get(name, ()):
             key = f"optimizer.{name}.{state}"
             entry = known[key]
+            if id(parameter) in tiles:
+                tiled.append((key, parameter, state, entry))
+                continue
             if key in held:
                 continue
             room: Any = None
             if isinstance(entry, TensorStorageMetadata):
-                whole = _part(parallel, name, parameter, parameter.detach()).shape
+                whole = _part(parallel, name, parameter, described(parameter)).shape
                 if entry.size == whole and entry.size:
                     room = torch.zeros_like(parameter, dtype=entry.properties.dtype, requires_grad=False)
                 else:
                     room = torch.zeros(entry.size, dtype=entry.properties.dtype)
             wanted[key] = _part(parallel, name, parameter, room)
             held[key] = (parameter, state, room)
+    _room_for_tiles(parallel, tiled, wanted, held)
     return wanted, held
+
+
+def _room_for_tiles(
+    parallel: Parallel,
+    tiled: list[tuple[str, nn.Parameter, str, Any]],
+    wanted: dict[str, Any],
+    held: dict[str, tuple[nn.Parameter, str, Any]],
+) -> None:
+    """The states of layers in tiles: each tile has its own, and together they are the untiled one's."""
+    tiles = parallel.tiles()
+    rows: list[tuple[str, Tile, torch.Tensor]] = []
+    for number, (key, parameter, state, entry) in enumerate(tiled):
+        room: Any = None
+        if isinstance(entry, TensorStorageMetadata):
+            if tuple(entry.size) == tiles[id(parameter)].whole:
+                room = torch.zeros_like(parameter, dtype=entry.properties.dtype, requires_grad=False)
+                rows.append((key, tiles[id(parameter)], room))
+            else:  # a number for the whole tensor, like its step: every tile has it
+                room = torch.zeros(entry.size, dtype=entry.properties.dtype)
+                wanted[key] = room = wanted.get(key, room)
+        held[f"{key}#{number}"] = (parameter, state, room)
+    wanted.update(RowsOfWhole.gather(rows))
 
 
 def _put_states(parallel: Parallel, loaded: dict[str, Any], held: dict[str, tuple[nn.Parameter, str, Any]]) -> None:
     states = _states(parallel)
     for key, (parameter, state, room) in held.items():
-        states[parameter][state] = loaded[key] if room is None else room
+        value = loaded[key.partition("#")[0]] if room is None else room
+        # Tiles of one layer share what was saved of it as a number, and count on by themselves.
+        states[parameter][state] = (
+            value.clone() if "#" in key and isinstance(value, torch.Tensor) and value.ndim == 0 else value
+        )
 
 
 def _copy_to_ties(parallel: Parallel) -> None:

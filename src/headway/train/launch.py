@@ -19,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from os import environ, sched_getaffinity
@@ -64,7 +64,7 @@ KILL_SECONDS = 10.0  # for the kernel to end a killed process
 
 # A launcher that we were started under (torchrun, Slurm) must not leak into ranks that form a group of their own.
 _FOREIGN = ("MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK", "TORCHELASTIC_RUN_ID", "HEADWAY_TRACE_OUTPUT",
-            "HEADWAY_RESUME", "HEADWAY_CHECKPOINT_EVERY", "HEADWAY_INIT_METHOD")  # fmt: skip
+            "HEADWAY_RESUME", "HEADWAY_CHECKPOINT_EVERY", "HEADWAY_INIT_METHOD", "HEADWAY_REMOTE_MEMORY")  # fmt: skip
 
 # What a rank says when it was another one that died under it.
 _CONSEQUENCE = re.compile(
@@ -165,7 +165,11 @@ def launch(
         except KeyboardInterrupt:  # while Ray was still making room: from then on it is only counted
             raise Interrupted("stopped before training began", place=str(run_directory)) from None
         return
-    with tempfile.TemporaryDirectory(prefix="headway-") as private, stop_requests() as requests:
+    with (
+        tempfile.TemporaryDirectory(prefix="headway-") as private,
+        stop_requests() as requests,
+        _memory_node(plan, workload_path) as remote,
+    ):
         ranks = Processes()
         try:
             for rank in range(plan.world_size):
@@ -192,11 +196,20 @@ def launch(
                 ranks.start(
                     rank,
                     worker_command(sys.executable, script, arguments),
-                    {**inherited, **variables, **local, **extra},
+                    {**inherited, **variables, **local, **remote, **extra},
                 )
             watch(ranks, requests=requests)
         finally:
             ranks.close()
+
+
+def _memory_node(plan: Plan, workload_path: Path) -> AbstractContextManager[dict[str, str]]:
+    """Variables that name a memory node; none, and nothing imported for it, where the plan needs no remote memory."""
+    if "remote" not in plan.tiers:
+        return nullcontext({})
+    from headway.train.remote_memory import memory_node
+
+    return memory_node(plan, workload_path)
 
 
 def trace_script(script: Path, arguments: Sequence[str], output: Path, on_output: OnOutput) -> Workload:

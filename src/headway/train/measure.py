@@ -37,12 +37,14 @@ class Measured(Value):
     """What one rank measured: medians over the steps after warm-up, and its peak of memory in bytes.
 
     `peak_bytes` counts what torch allocated, `peak_resident_bytes` what the process held above its start (0: unknown).
+    `tier_bytes`: the most that rested in each tier off the device, and what its transfer buffers held ("buffers").
     """
 
     rank: int
     time: StepTime
     peak_bytes: float
     peak_resident_bytes: float = 0.0
+    tier_bytes: dict[str, float] = {}
     steps: int = 0
     spans: tuple[Span, ...] = ()
 
@@ -161,7 +163,9 @@ class Meter:
             )
         self._origin += total
 
-    def measured(self, *, peak_bytes: float, peak_resident_bytes: float = 0.0) -> Measured:
+    def measured(
+        self, *, peak_bytes: float, peak_resident_bytes: float = 0.0, tier_bytes: dict[str, float] | None = None
+    ) -> Measured:
         """Medians of the steps that counted."""
 
         def median(pick: Callable[[StepTime], float]) -> float:
@@ -183,6 +187,7 @@ class Meter:
             ),
             peak_bytes=peak_bytes,
             peak_resident_bytes=peak_resident_bytes,
+            tier_bytes=tier_bytes or {},
             steps=len(self.times),
             spans=tuple(self.spans),
         )

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from headway.errors import PlanError
+from headway.memory.tiling import Tile, tile
 from headway.plan.plan import Plan
 from headway.train.measure import Meter
 from headway.train.stages import StageModule, canonical_names, copy_structure, recompute_units
@@ -35,8 +36,16 @@ from headway.train.tensor import split_dimensions, split_modules
 from headway.workload.graph import Graph, TensorKind
 from headway.workload.trace import without_cache
 
+# What carries out plans that rest something off the device is imported where such a plan is: every rank of every other
+# plan would pay for it when it starts.
 if TYPE_CHECKING:
     from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    from headway.memory.tiers import Store
+    from headway.train.activations import ActivationSwap
+    from headway.train.infinity import Infinity
+    from headway.train.offload import OffloadedOptimizer
+    from headway.train.offload_setup import Masters
 
 __all__ = ["Parallel", "Piece", "parallelise"]
 
@@ -51,11 +60,25 @@ class Piece:
     wrapped: nn.Module
     position: int  # in Plan.stages
     names: dict[str, str]  # of every parameter of the whole model, aliases included → the canonical one
+    infinity: Infinity | None = None  # keeps the parameters, where they rest off the device
+    swap: ActivationSwap | None = None  # … and saved activations
+    tiles: dict[str, Tile] = field(
+        default_factory=dict
+    )  # by the name, in the module, of a parameter that is but a tile
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(canonical name, parameter) of this stage."""
+        """(canonical name, parameter) of this stage, as this rank updates it; of a layer in tiles, each tile."""
         for name, parameter in self.module.model.named_parameters():
-            yield self.names[name], parameter
+            yield self.names[name], self.slice_of(parameter)
+
+    def slice_of(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What this rank updates of a parameter of the module."""
+        return parameter if self.infinity is None else self.infinity.slice_of(parameter)
+
+    def tile_of(self) -> dict[int, Tile]:
+        """By the id of a parameter, as this rank updates it: which tile it is."""
+        found = {name: parameter for name, parameter in self.module.model.named_parameters() if name in self.tiles}
+        return {id(self.slice_of(parameter)): self.tiles[name] for name, parameter in found.items()}
 
 
 @dataclass
@@ -76,6 +99,33 @@ class Parallel:
     ties: list[Tie] = field(default_factory=list)
     replicate_later: Callable[[set[str]], None] | None = None
     clip_norm: float | None = None
+    store: Store | None = None  # for what rests off the device
+    offload: OffloadedOptimizer | None = None
+
+    @property
+    def infinities(self) -> list[Infinity]:
+        """Of each stage whose parameters rest off the device, what keeps them."""
+        return [piece.infinity for piece in self.pieces if piece.infinity is not None]
+
+    @contextlib.contextmanager
+    def present(self, *, changed: bool = False) -> Iterator[None]:
+        """With all parameters of this rank in memory, for who must see or, if `changed`, set them: a checkpoint."""
+        with contextlib.ExitStack() as held:
+            for infinity in self.infinities:
+                held.enter_context(infinity.present(changed=changed))
+            yield
+
+    def tiles(self) -> dict[int, Tile]:
+        """By the id of a parameter of this rank: which tile of a layer it is."""
+        return {known: each for piece in self.pieces for known, each in piece.tile_of().items()}
+
+    def close(self) -> None:
+        """Let go of what rests off the device, files included. Idempotent."""
+        if self.offload is not None:
+            self.offload.close()
+            self.offload = None
+        if self.store is not None:
+            self.store.close()
 
     @property
     def coordinates(self) -> tuple[int, int, int]:
@@ -94,6 +144,11 @@ class Parallel:
         """One training step over the replica's micro-batches; its mean loss, on ranks that hold the last stage."""
         for piece in self.pieces:
             piece.module.micro_batches = micro_batches
+            if piece.infinity is not None:
+                piece.infinity.begin_step()
+        if self.offload is not None:
+            hooked = self.schedule is None and (self.plan.data == 1 or self.plan.zero_stage >= 2)
+            self.offload.begin(len(micro_batches), hooked=hooked)
         with contextlib.ExitStack() as settings:
             if self.plan.tensor > 1:
                 # In backward too: operators on divided tensors meet plain ones (masks) there as well.
@@ -105,6 +160,8 @@ class Parallel:
             piece.module.micro_batches = ()
         if self.replicate_later is not None:
             self._replicate_now(self.replicate_later)
+        for infinity in self.infinities:
+            infinity.finish_gradients(1 if self.schedule is None else len(micro_batches))
         self._add_up_ties()
         with self.meter.section("optimizer", "update"):
             if self.clip_norm is not None:
@@ -112,6 +169,11 @@ class Parallel:
             self._update()
             for _, parameter in self.parameters():
                 parameter.grad = None
+        for piece in self.pieces:
+            if piece.infinity is not None:
+                piece.infinity.end_step()
+            if piece.swap is not None:
+                piece.swap.end_step()
         return loss
 
     def held_bytes(self, batch: Any = ()) -> float:
@@ -120,6 +182,8 @@ class Parallel:
         inner = self.optimizer if self.zero is None else self.zero.optim
         for state in inner.state.values():
             tensors.extend(state.values())
+        if self.offload is not None:
+            tensors.extend(self.offload.kept_tensors())
         for piece in self.pieces:
             tensors.extend((*piece.module.parameters(), *piece.module.buffers()))
         for stage in self.stages:
@@ -140,6 +204,13 @@ class Parallel:
             if parameter.requires_grad
         )
         return float(sum(storages.values()) + buckets)
+
+    def tier_bytes(self) -> dict[str, float]:
+        """The most bytes that rested in each tier off the device so far, and that transfer buffers held ("buffers")."""
+        if self.store is None:
+            return {}
+        found = {str(tier): float(use.peak_bytes) for tier, use in self.store.use().items() if tier != "device"}
+        return {tier: size for tier, size in {**found, "buffers": float(self.store.pool.peak_bytes)}.items() if size}
 
     def _accumulate(self, count: int) -> torch.Tensor:
         (piece,) = self.pieces
@@ -201,12 +272,18 @@ class Parallel:
         dtype = torch.float64 if self.device.type == "cpu" else torch.float32
         square = torch.zeros((), dtype=dtype, device=self.device)
         for parameter in self._counted():
+            if self.offload is not None and self.offload.holds(parameter):
+                square += self.offload.square(parameter, dtype)
+                continue
             gradient = _local(parameter.grad)
             if gradient is not None:
                 square += gradient.detach().to(dtype).square().sum()
         if self.mesh is not None:
             dist.all_reduce(square)
         factor = torch.clamp(norm / (square.sqrt() + 1e-6), max=1.0)
+        if self.offload is not None:
+            self.offload.factor = float(factor)
+            return
         for _, parameter in self.parameters():
             if parameter.grad is not None:
                 gradient = _local(parameter.grad)
@@ -226,6 +303,15 @@ class Parallel:
                 yield parameter
 
     def _update(self) -> None:
+        if self.offload is not None:
+            self.offload.step()
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]  # as below
+            return
+        if self.infinities:
+            from headway.train.infinity import update_slices
+
+            update_slices(self.infinities, self.optimizer)
+            return
         if self.zero is None:
             self.optimizer.step()
             return
@@ -257,23 +343,35 @@ def parallelise(
     loss: Loss | None = None,
     clip_norm: float | None = None,
     meter: Meter | None = None,
+    store: Store | None = None,
+    initialise: Callable[[nn.Module], None] | None = None,
 ) -> Parallel:
     """Divide `model` and `optimizer` as `plan` says; both are changed in place and keep this rank's part.
 
     The process group must stand when the plan has several ranks. `graph` may be None for a plan that only replicates.
-    `loss(output, targets)` is the mean over a micro-batch; None: the model returns its loss. Raises PlanError for what
-    the plan asks and the model or torch cannot give.
+    `loss(output, targets)` is the mean over a micro-batch; None: the model returns its loss. `store` is where states
+    rest off the device; by default one is opened, which `Parallel.close` closes. With parameters off the device the
+    model may be on the meta device: `initialise(module)` then gives values to the modules one by one (`Infinity.fill`).
+    Raises PlanError for what the plan asks and the model or torch cannot give.
     """
     device = torch.device(device)
     meter = meter or Meter(rank, device)
     if graph is not None:
         plan.validate(graph)
-    elif plan.pipeline > 1 or any(stage.recompute for stage in plan.stages) or plan.zero_stage > 1:
+    elif (
+        plan.pipeline > 1
+        or any(stage.recompute for stage in plan.stages)
+        or plan.zero_stage > 1
+        or plan.parameters_on != "device"
+        or plan.activations_on != "device"
+    ):
         raise PlanError("needs the traced model", place="plan", remedy="give the workload beside the plan")
 
     groups = _names_in_groups(model, optimizer)
     names = canonical_names(model)
     mesh = _mesh(plan, device)
+    if mesh is not None and plan.collectives:
+        _name_algorithms(plan, mesh)
     if mesh is not None:
         _agree(model)
     dims = split_dimensions(model, dict(plan.tensor_sharding), graph)
@@ -287,24 +385,64 @@ def parallelise(
     ]
     _separate(pieces)
     for piece in pieces:
+        _tile(piece, plan)
+    if plan.tiers and store is None:
+        from headway.train.tier_store import open_store
+
+        store = open_store(plan, rank, device)
+    masters: Masters = {}
+    if plan.optimizer_on != "device":
+        from headway.train.offload_setup import lower_precision
+
+        masters = {piece.position: lower_precision(piece.module.model, plan) for piece in pieces}
+    for piece in pieces:
         if graph is not None:
-            recompute_units(piece.module.model, graph, plan.stages[piece.position].recompute)
+            stage = plan.stages[piece.position]
+            swapped = plan.swapped_layers(stage)
+            recompute_units(piece.module.model, graph, [at for at in stage.recompute if at not in swapped])
+            if swapped:
+                from headway.train.activations import ActivationSwap
+
+                assert store is not None
+                piece.swap = ActivationSwap(
+                    piece.module,
+                    piece.module.model,
+                    graph,
+                    store=store,
+                    tier=plan.activations_on,
+                    layers=swapped,
+                    recompute=stage.recompute,
+                    prefix=f"stage.{piece.position}.",
+                )
+        if plan.parameters_on != "device":
+            assert graph is not None
+            assert store is not None
+            piece.infinity = _rest(piece, plan, graph, store, device, canonical_dims, mesh)
         piece.module.model.to(device)
         if mesh is not None and plan.data > 1 and graph is not None:
             piece.wrapped = _replicate(piece, plan, graph, _unread(piece, graph), mesh["data"], meter)
         piece.module.watch_cuts()
 
-    parallel = Parallel(plan, device, rank, mesh, pieces, optimizer, canonical_dims, meter, clip_norm=clip_norm)
+    parallel = Parallel(
+        plan, device, rank, mesh, pieces, optimizer, canonical_dims, meter, clip_norm=clip_norm, store=store
+    )
     if mesh is not None and plan.data > 1 and graph is None:
         # DDP has to be told which parameters get no gradient, and without a trace only a step shows it.
         parallel.replicate_later = partial(_wrap_after_all, pieces[0], plan, mesh["data"], meter)
     parallel.ties = _ties(parallel, graph)
     _point_at(optimizer, groups, parallel)
-    if plan.zero_stage == 1:
+    if plan.zero_stage == 1 and plan.optimizer_on == "device":
         parallel.zero = _zero(optimizer, parallel)
     if plan.pipeline > 1:
         assert graph is not None
         parallel.stages, parallel.schedule = _schedule(parallel, graph)
+    for infinity in parallel.infinities:
+        infinity.fill(initialise=initialise)
+    if plan.optimizer_on != "device":
+        homes = {id(p): home for each in parallel.infinities for p, home in each.homes()}
+        from headway.train.offload_setup import rest_optimizer
+
+        parallel.offload = rest_optimizer(parallel, masters, homes)
     return parallel
 
 
@@ -316,10 +454,20 @@ def _mesh(plan: Plan, device: torch.device) -> DeviceMesh | None:
     )
 
 
+def _name_algorithms(plan: Plan, mesh: DeviceMesh) -> None:
+    """Have Headway's exchange use the algorithms that the plan names for the collectives of its axes."""
+    from headway.exchange.process_group import set_algorithm
+
+    for axis, algorithm in plan.collectives.items():
+        if mesh[axis].size() > 1:
+            set_algorithm(algorithm, group=mesh.get_group(axis))
+
+
 def _agree(model: nn.Module) -> None:
     """Every rank begins with the parameters and buffers of rank 0, however its script was seeded."""
     for tensor in (*model.parameters(), *model.buffers()):
-        dist.broadcast(tensor.detach(), 0)
+        if not tensor.is_meta:
+            dist.broadcast(tensor.detach(), 0)
 
 
 def _stage_models(model: nn.Module, plan: Plan, pipeline_rank: int) -> list[tuple[int, nn.Module]]:
@@ -341,7 +489,13 @@ def _piece(
     stage = plan.stages[position]
     context: Callable[[], Any] = contextlib.nullcontext
     if plan.precision != "float32":
-        context = partial(torch.autocast, device.type, dtype=getattr(torch, plan.precision))
+        context = partial(
+            torch.autocast,
+            device.type,
+            dtype=getattr(torch, plan.precision),
+            # It would keep a low-precision copy of every weight until the end of the forward pass.
+            cache_enabled=plan.parameters_on == "device",
+        )
     module = StageModule(
         model, graph, stage.start, stage.stop, micro_batch=plan.micro_batch, loss=loss, context=context
     )
@@ -374,7 +528,7 @@ def _replicate(
     """Data parallelism over the ranks of `mesh`. `unread`: parameters that never get a gradient."""
     module = piece.module
     trained = [p for name, p in module.model.named_parameters() if p.requires_grad and name not in unread]
-    if not trained:
+    if not trained or piece.infinity is not None:
         return module
     if plan.zero_stage >= 2:
         assert graph is not None
@@ -406,7 +560,7 @@ def _unread(piece: Piece, graph: Graph) -> list[str]:
     read = graph.layer_parameters(0, len(graph.layers))
     found = []
     for name, _ in piece.module.model.named_parameters():
-        known = graph.parameter_by_name.get(name)
+        known = graph.parameter_by_name.get(piece.names[name])
         if known is None or known.name not in read:
             found.append(name)
     return found
@@ -438,11 +592,59 @@ def _shard(piece: Piece, plan: Plan, graph: Graph, unread: list[str], mesh: Devi
         for parameter in model.get_submodule(path).parameters():
             owners.setdefault(parameter, set()).add(path)
     shared = {parameter for parameter, where in owners.items() if len(where) > 1}
+    for path in _tile_paths(piece):
+        shard(model.get_submodule(path), ignored_params=ignored)
     for path in paths:
         unit = model.get_submodule(path)
         if path and any(True for _ in unit.parameters()) and not shared.intersection(unit.parameters()):
             shard(unit, ignored_params=ignored)
     shard(piece.module, ignored_params=ignored)
+
+
+def _tile(piece: Piece, plan: Plan) -> None:
+    """Run layers of this stage in tiles; a tile's parameter goes by the name of the untiled one."""
+    model = piece.module.model
+    here = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    # A layer of another stage is not there, or has a stand-in.
+    made = tile(model, {path: count for path, count in plan.tiles.items() if path in here or plan.pipeline == 1})
+    piece.names = {**piece.names, **{name: piece.names[each.name] for name, each in made.items()}}
+    piece.tiles = made
+
+
+def _tile_paths(piece: Piece) -> list[str]:
+    """Modules that are one tile of a layer."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in piece.tiles))
+
+
+def _rest(
+    piece: Piece,
+    plan: Plan,
+    graph: Graph,
+    store: Store,
+    device: torch.device,
+    tensor_dims: dict[str, int],
+    mesh: DeviceMesh | None,
+) -> Infinity:
+    """Let the parameters of a stage rest off the device, each rank keeping a slice of its own."""
+    from headway.train.infinity import Infinity
+
+    replicated = mesh is not None and plan.data > 1
+    return Infinity(
+        piece.module.model,
+        graph,
+        plan.stages[piece.position],
+        store=store,
+        tier=plan.parameters_on,
+        device=device,
+        names=piece.names,
+        prefix=f"stage.{piece.position}.",
+        mesh=mesh["data"] if replicated and mesh is not None else None,
+        tensor_dims=tensor_dims,
+        tensor_mesh=mesh["data", "tensor"] if replicated and mesh is not None and plan.tensor > 1 else None,
+        unread=_unread(piece, graph),
+        tiles=_tile_paths(piece),
+        keeps_root=plan.pipeline > 1,
+    )
 
 
 def _names_in_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:

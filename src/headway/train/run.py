@@ -19,8 +19,10 @@ from headway.errors import FileError, HeadwayError, InputError, Interrupted
 from headway.hardware.catalog import load_cluster
 from headway.hardware.cluster import Cluster
 from headway.hardware.probe import probe
+from headway.memory.preflight import check_here
 from headway.plan.plan import Plan
 from headway.predict.measure import measure_workload
+from headway.predict.measured import MeasuredTimes
 from headway.predict.prediction import Prediction
 from headway.predict.profile import Profile
 from headway.predict.step import Predictor, check_fit
@@ -29,6 +31,7 @@ from headway.search.methods import find_by
 from headway.train.launch import launch
 from headway.train.source import find_workload
 from headway.train.support import check_supported
+from headway.train.tier_store import tier_directory
 from headway.value import Value, read_text
 from headway.workload.graph import Workload
 
@@ -117,14 +120,15 @@ def plan_workload(
     method: str = "exact",
     budget_seconds: float | None = None,
     seed: int = 0,
+    measured: MeasuredTimes | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Ranking, Profile | None]:
-    """Search plans for a workload; on a probed machine with the workload's operators measured first.
+    """Search plans for a workload; on a probed machine with its operators measured first, unless times are given.
 
     `method`, `budget_seconds`, `seed`: as for `search.methods.find_by`.
     The search may leave devices idle where that is faster; with `devices` given it uses exactly so many.
     """
-    profile = measure_operators(workload, cluster)
+    profile = measure_operators(workload, cluster) if measured is None else None
     ranking = find_by(
         method,
         workload,
@@ -133,6 +137,7 @@ def plan_workload(
         devices=devices,
         constraints=constraints or Constraints(),
         profile=profile,
+        measured=measured,
         keep=keep,
         budget_seconds=budget_seconds,
         seed=seed,
@@ -226,6 +231,8 @@ def run(
             )
             prediction = Predictor(workload, machines, profile).predict(plan)
         check_fit(prediction, plan, machines)
+        if engine == "local":
+            check_here(plan, workload, machines, directory=tier_directory())
         _check_is_here(plan, machines, engine)
         workload.save(directory / "workload.json")
         machines.save(directory / "cluster.json")

@@ -23,7 +23,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
@@ -44,6 +44,10 @@ from headway.train.parallel import Loss, Parallel, parallelise
 from headway.train.support import check_supported
 from headway.value import write_atomically
 from headway.workload.graph import Graph, OptimizerKind, Workload
+
+if TYPE_CHECKING:
+    from headway.memory.remote_shared import MemoryNode
+    from headway.memory.tiers import Store
 
 __all__ = ["Session", "TraceComplete", "optimizer_kind", "start"]
 
@@ -105,6 +109,7 @@ class Session:
         self._loss: Loss | None = None
         self._clip_norm: float | None = None
         self._parallel: Parallel | None = None
+        self._memory_node: MemoryNode | None = None
         self._meter = measure.Meter(self.rank, self.device)
         self._is_sharded = False
         self._global_batch = 0
@@ -349,6 +354,7 @@ class Session:
         assert self._model is not None
         assert self._optimizer is not None
         plan = self.plan or _replicas_only(self._model, self.world_size, self.precision)
+        store = self._remote_store(plan, graph) if "remote" in plan.tiers else None
         self._parallel = parallelise(
             self._model,
             self._optimizer,
@@ -359,6 +365,7 @@ class Session:
             loss=self._loss,
             clip_norm=self._clip_norm,
             meter=self._meter,
+            store=store,
         )
         if self.world_size > 1:
             # Replicas and stages draw their own dropout masks; ranks that share operators must draw the same.
@@ -370,6 +377,25 @@ class Session:
         if self.rank == 0 and self.run_directory is not None:
             _forget_later_metrics(self.run_directory / "metrics.jsonl", self.steps_done)
         emit("ready", rank=self.rank)
+
+    def _remote_store(self, plan: Plan, graph: Graph | None) -> Store | None:
+        """The store of a plan that needs remote memory, where no launcher has started a memory node: a rank does.
+
+        None where one has.
+        """
+        # Imported where used: most plans rest nothing elsewhere, and each rank would pay for it when it starts.
+        from headway.train.remote_memory import VARIABLE, attach, join_memory_node
+        from headway.train.tier_store import open_store
+
+        if VARIABLE in os.environ:
+            return None
+        assert graph is not None
+        assert self._optimizer is not None
+        workload = self.workload or Workload(
+            graph=graph, optimizer=optimizer_kind(self._optimizer), global_batch=plan.global_batch
+        )
+        remote, self._memory_node = join_memory_node(plan, workload, self.rank, self.device)
+        return open_store(plan, self.rank, self.device, remote=attach(plan, self.rank, {}, remote))
 
     def _trace(self, batch: Any) -> None:
         assert self._optimizer is not None
@@ -493,11 +519,15 @@ class Session:
         raise SystemExit(130)
 
     def _close(self) -> None:
+        if self._parallel is not None:
+            self._parallel.close()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()
         if self.world_size > 1 and dist.is_initialized():
             leave_group(self.device)
+        if self._memory_node is not None:
+            self._memory_node.close()  # all ranks have let go of it
 
     def _report(self) -> None:
         """Say what was measured; rank 0 writes down what all ranks did."""
@@ -507,7 +537,9 @@ class Session:
         peak = self._allocated_bytes
         if self.device.type == "cuda":
             peak = float(torch.cuda.max_memory_allocated(self.device))
-        mine = self._meter.measured(peak_bytes=peak, peak_resident_bytes=resident)
+        mine = self._meter.measured(
+            peak_bytes=peak, peak_resident_bytes=resident, tier_bytes=self._parallel.tier_bytes()
+        )
         emit("measured", rank=self.rank, time=msgspec.to_builtins(mine.time), peak_bytes=peak)
         everyone = [msgspec.json.encode(mine)]
         if self.world_size > 1:
@@ -522,6 +554,7 @@ class Session:
             "time": msgspec.to_builtins(bound.time),
             "peak_bytes": [each.peak_bytes for each in ranks],
             "peak_resident_bytes": [each.peak_resident_bytes for each in ranks],
+            "tier_bytes": [each.tier_bytes for each in ranks],
             "steps": mine.steps,
             "samples_per_second": self._global_batch / seconds if seconds else 0.0,
             "ranks": [msgspec.to_builtins(each.time) for each in ranks],

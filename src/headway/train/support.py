@@ -35,9 +35,21 @@ def check_supported(plan: Plan, *, place: str = "plan") -> Plan:
     for position, stage in enumerate(plan.stages):
         if stage.recompute_attention:
             refuse(f"stages[{position}].recompute_attention", "selective recomputation", "list the layers in recompute")
-    for field in ("parameters_on", "optimizer_on", "activations_on"):
-        if getattr(plan, field) != "device":
-            refuse(field, f"{field.removesuffix('_on')} on the {getattr(plan, field)}", f"set {field} to device")
-    if plan.collectives:
-        refuse("collectives", "a choice of algorithm by axis", "leave collectives empty; exchange chooses by size")
+    if plan.parameters_on != "device" and plan.data > 1 and plan.zero_stage != 3:
+        refuse(
+            "zero_stage",
+            f"parameters on the {plan.parameters_on} and no slices of its own on a replica (ZeRO-{plan.zero_stage})",
+            "set zero_stage to 3",
+        )
+    for name in plan.tiles:
+        if name in plan.tensor_sharding:
+            refuse(f"tiles.{name}", "a layer in tiles that tensor parallelism splits too", "do one or the other")
+    if plan.tiles and plan.optimizer_on != "device":
+        # Its checkpoints and masters go by the name of a parameter, which several tiles share.
+        refuse("tiles", f"layers in tiles with the optimizer on the {plan.optimizer_on}", "leave tiles empty")
+    if plan.collectives and plan.exchange != "headway":
+        refuse("collectives", "a choice of algorithm by axis by torch's own exchange", "set exchange to headway")
+    for axis in plan.collectives:
+        if axis not in ("data", "tensor"):
+            refuse(f"collectives.{axis}", "an algorithm for an axis without collectives of its own", "data or tensor")
     return plan

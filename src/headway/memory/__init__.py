@@ -1,0 +1,1 @@
+"""One tiered store (device, host, remote, disk), and what stands on it: optimizers, tiles, swapping, remote memory."""

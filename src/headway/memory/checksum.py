@@ -1,0 +1,142 @@
+"""CRC-32C (Castagnoli) of bytes in memory, by the processor's own instruction where it has one.
+
+The tensors on disk carry one for each block, and it is computed while other blocks are in flight: so it must be several
+times faster than the disk. The instruction takes 8 bytes at a time but answers three cycles later; three lanes side by
+side keep it busy, and a table shifts the checksum of a lane over the bytes that follow it. Elsewhere a table of the
+same polynomial gives the same numbers, more slowly.
+"""
+
+from __future__ import annotations
+
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# (numba's intrinsics are called with one argument less than they are written with)
+import platform
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+__all__ = ["crc32c"]
+
+_POLYNOMIAL = 0x82F63B78  # reflected
+_LANE = 4096  # bytes of a lane
+_LANE_WORDS = _LANE // 8
+
+
+def _instruction() -> str:
+    features = dict(binding.get_host_cpu_features())
+    if platform.machine() == "x86_64" and features.get("sse4.2") and features.get("crc32", True):
+        return "llvm.x86.sse42.crc32.64.64"
+    return ""
+
+
+def _byte_tables() -> np.ndarray:
+    """What each of 8 bytes, 0 to 7 places before the end, does to the checksum ("slicing by 8")."""
+    tables = np.zeros((8, 256), np.uint32)
+    for byte in range(256):
+        value = byte
+        for _ in range(8):
+            value = (value >> 1) ^ (_POLYNOMIAL if value & 1 else 0)
+        tables[0, byte] = value
+    for place in range(1, 8):
+        tables[place] = (tables[place - 1] >> 8) ^ tables[0][tables[place - 1] & 255]
+    return tables
+
+
+def _lane_tables(bytes_table: np.ndarray) -> np.ndarray:
+    """What a lane of zeros does to each byte of a checksum before it (it is linear, so four tables are enough)."""
+    tables = np.zeros((4, 256), np.uint32)
+    for place in range(4):
+        state = np.arange(256, dtype=np.uint32) << (8 * place)
+        for _ in range(_LANE):
+            state = (state >> 8) ^ bytes_table[state & 255]
+        tables[place] = state
+    return tables
+
+
+_INSTRUCTION = _instruction()
+_BYTES = _byte_tables()
+_LANES = _lane_tables(_BYTES[0])
+
+
+@intrinsic
+def _step(typing_context, checksum, word):  # the typing context is numba's
+    signature = types.uint64(types.uint64, types.uint64)
+
+    def generate(context, builder, signature, arguments):
+        word_type = ir.IntType(64)
+        function = builder.module.declare_intrinsic(
+            _INSTRUCTION, (), ir.FunctionType(word_type, (word_type, word_type))
+        )
+        return builder.call(function, arguments)
+
+    return signature, generate
+
+
+@njit(cache=True, nogil=True)
+def _by_table(checksum, data, start, tables):
+    for i in range(start, len(data)):
+        checksum = (checksum >> np.uint32(8)) ^ tables[0, (checksum ^ np.uint32(data[i])) & np.uint32(255)]
+    return checksum
+
+
+@njit(cache=True, nogil=True)
+def _by_tables(data, tables):
+    checksum = np.uint32(0xFFFFFFFF)
+    whole = len(data) // 8 * 8
+    for i in range(0, whole, 8):
+        low = checksum ^ (
+            np.uint32(data[i])
+            | (np.uint32(data[i + 1]) << np.uint32(8))
+            | (np.uint32(data[i + 2]) << np.uint32(16))
+            | (np.uint32(data[i + 3]) << np.uint32(24))
+        )
+        checksum = (
+            tables[7, low & np.uint32(255)]
+            ^ tables[6, (low >> np.uint32(8)) & np.uint32(255)]
+            ^ tables[5, (low >> np.uint32(16)) & np.uint32(255)]
+            ^ tables[4, low >> np.uint32(24)]
+            ^ tables[3, data[i + 4]]
+            ^ tables[2, data[i + 5]]
+            ^ tables[1, data[i + 6]]
+            ^ tables[0, data[i + 7]]
+        )
+    return _by_table(checksum, data, whole, tables) ^ np.uint32(0xFFFFFFFF)
+
+
+@njit(cache=True, nogil=True)
+def _shift(checksum, lanes):
+    value = np.uint32(checksum)
+    return np.uint64(
+        lanes[0, value & np.uint32(255)]
+        ^ lanes[1, (value >> np.uint32(8)) & np.uint32(255)]
+        ^ lanes[2, (value >> np.uint32(16)) & np.uint32(255)]
+        ^ lanes[3, value >> np.uint32(24)]
+    )
+
+
+@njit(cache=True, nogil=True)
+def _by_instruction(data, words, tables, lanes):
+    first = np.uint64(0xFFFFFFFF)
+    at = 0
+    while at + 3 * _LANE_WORDS <= len(words):
+        second = np.uint64(0)
+        third = np.uint64(0)
+        for i in range(at, at + _LANE_WORDS):
+            first = _step(first, words[i])
+            second = _step(second, words[i + _LANE_WORDS])
+            third = _step(third, words[i + 2 * _LANE_WORDS])
+        first = _shift(_shift(first, lanes) ^ second, lanes) ^ third
+        at += 3 * _LANE_WORDS
+    for i in range(at, len(words)):
+        first = _step(first, words[i])
+    return _by_table(np.uint32(first), data, 8 * len(words), tables) ^ np.uint32(0xFFFFFFFF)
+
+
+def crc32c(data: np.ndarray) -> int:
+    """The CRC-32C of a contiguous array of uint8 (RFC 3720, section 12.1). Lets other threads run."""
+    if not _INSTRUCTION:
+        return int(_by_tables(data, _BYTES))
+    words = data[: len(data) // 8 * 8].view(np.uint64)
+    return int(_by_instruction(data, words, _BYTES, _LANES))

@@ -1,0 +1,1 @@
+"""Published ways to choose what is kept, moved and computed again, one file each."""

@@ -1,0 +1,1 @@
+"""Who runs next, and where: the scheduler as a pure state machine, its policies, and traces played through it."""

@@ -1,0 +1,783 @@
+"""The optimizer off the device: forward and backward there, master weights, moments and the update elsewhere.
+
+ZeRO-Offload (Ren et al., ATC 2021) and the optimizer's part of ZeRO-Infinity (Rajbhandari et al., SC 2021). Gradients
+leave the device as backward makes them; each rank updates its own share of the parameters, in chunks, so that one chunk
+is updated while the gradient of the next comes and the parameters of the one before go back; with several replicas the
+new parameters are then all-gathered, or stay divided under ZeRO-2 and 3.
+
+What happens to a gradient depends on what else the step needs of it:
+
+- one micro-batch, and nothing that needs all gradients at once: the update follows at once, beside backward, and no
+  gradient ever waits anywhere;
+- gradient clipping, several micro-batches, or the delayed update: gradients are held on the host until backward has
+  ended, several micro-batches added up there in float32. Where the device is the host itself, and the sum has the
+  parameter's dtype anyway, they stay where autograd put them;
+- under DDP and in pipelines they are complete only after backward, and leave then.
+
+Without the delayed update the parameters are those of the same training not offloaded, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from headway.errors import InputError, PlanError
+from headway.memory.optimizer import BLOCK_ELEMENTS, HostOptimizer, StateTensor
+from headway.memory.tiers import Pending, Store
+from headway.plan.plan import Plan
+from headway.train.offload_lanes import Lane, Transfer
+from headway.train.offload_states import ChunkStates
+
+__all__ = ["Home", "OffloadTimes", "OffloadedOptimizer", "Share", "gather_rows", "rows_of"]
+
+CHUNK_ELEMENTS = 4 * 2**20
+"""Elements updated at once: 16 MiB of float32, enough for full bandwidth on every road, and little to wait for."""
+
+_RING = 6  # buffers on each road: one filled, one emptied, the others for the unevenness of both
+
+
+class Home(Protocol):
+    """Where this rank's share of a parameter rests between steps. Flat elements from `start` to `stop` (exclusive)."""
+
+    def view(self) -> torch.Tensor | None:
+        """All elements as a flat tensor that the processor can write to, or None where there is no such thing."""
+        ...
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """The values now, in any floating dtype."""
+        ...
+
+    def write(self, start: int, stop: int, values: torch.Tensor) -> Pending | None:
+        """Take updated values (host memory, the parameter's dtype), which stay as they are until that is done."""
+        ...
+
+
+@dataclass(eq=False)
+class Share:
+    """This rank's elements of one parameter: those of `rows` along dimension 0, or all (None).
+
+    `kept`: how many, from the first, stay on the device with all their states. `steps`: updates made.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    group: int  # in the optimizer's param_groups
+    elements: int
+    rows: tuple[int, int] | None = None
+    home: Home | None = None  # None: the parameter's own memory
+    kept: int = 0
+    steps: int = 0
+    chunks: tuple[tuple[int, int], ...] = ()  # (start, stop) of those off the device
+    number: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parameter.dtype
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """The values now."""
+        return self.flat()[start:stop] if self.home is None else self.home.read(start, stop)
+
+    def view(self) -> torch.Tensor | None:
+        """The elements where they can be written to, or None."""
+        return self.flat() if self.home is None else self.home.view()
+
+    def flat(self, tensor: torch.Tensor | None = None) -> torch.Tensor:
+        """This share of the parameter, or of a tensor of its local shape, as a flat view."""
+        local = _local(self.parameter.detach() if tensor is None else tensor)
+        if self.rows is not None:
+            local = local[self.rows[0] : self.rows[1]]
+        return local.reshape(-1)
+
+    def key(self, start: int) -> str:
+        """The name of a chunk's states in the store."""
+        return f"optimizer/{self.name}/{self.number}/{start}"
+
+
+@dataclass
+class OffloadTimes:
+    """Where the time of steps went, in seconds added up since the last `clear`.
+
+    `gradients_out_seconds` and `parameters_back_seconds`: copies between device and host (on the roads themselves, on a
+    GPU). `update_seconds`: the host's arithmetic; `kept_seconds`: the device's, as far as the host waited for it.
+    `states_seconds`: waiting for states from disk or remote memory. `stalled_seconds`: backward waiting for a free
+    buffer. `exposed_seconds`: what was left to wait for after backward. `gathered_seconds`: the all-gather.
+    """
+
+    gradients_out_seconds: float = 0.0
+    update_seconds: float = 0.0
+    kept_seconds: float = 0.0
+    states_seconds: float = 0.0
+    parameters_back_seconds: float = 0.0
+    stalled_seconds: float = 0.0
+    exposed_seconds: float = 0.0
+    gathered_seconds: float = 0.0
+    gradients_out_bytes: int = 0
+    parameters_back_bytes: int = 0
+
+
+@dataclass
+class _Held:
+    """The gradient of a share until backward ends: whole where the device is the host, else in two parts."""
+
+    whole: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
+    off: torch.Tensor | None = None
+    square: torch.Tensor | None = None
+    arriving: list[Future[None]] = field(default_factory=list)
+
+
+class OffloadedOptimizer:
+    """Does what `optimizer.step()` would, for the `shares` of this rank, with the states in `plan.optimizer_on`.
+
+    `optimizer` keeps being what a scheduler turns; its own state stays empty. `initial(share)` gives the float32 values
+    that the master weights begin with, where the parameter itself no longer has them. `group`: the replicas that divide
+    parameters by `Share.rows`. `clips`: gradients are clipped, so all of them must be there before the first update.
+    `staged`: whether gradients and parameters are copied between device and host; by default where the device has
+    memory of its own. Raises PlanError for an optimizer or a dtype that the host cannot update.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        shares: Sequence[Share],
+        plan: Plan,
+        store: Store,
+        *,
+        device: torch.device | str,
+        group: dist.ProcessGroup | None = None,
+        clips: bool = False,
+        initial: Callable[[Share], torch.Tensor | None] = lambda share: None,
+        staged: bool | None = None,
+        chunk_elements: int = CHUNK_ELEMENTS,
+    ) -> None:
+        self.optimizer, self.plan, self.store, self.device = optimizer, plan, store, torch.device(device)
+        self.all_shares, self.clips = list(shares), clips
+        self.shares = [share for share in shares if share.elements]
+        for share in self.shares:
+            if share.dtype not in (torch.float32, torch.bfloat16):
+                raise PlanError(
+                    f"{share.name} is of {str(share.dtype).removeprefix('torch.')}, which the host does not update",
+                    place="plan: optimizer_on",
+                    remedy="use a model in float32 (and precision bfloat16 if you like), or optimizer_on device",
+                )
+        self.factor: float | None = None  # what gradients are multiplied by, once their norm is known
+        self.steps_done = 0
+        self.times = OffloadTimes()
+        self.staged = self.device.type != "cpu" if staged is None else staged
+        self._process_group = group
+        # A scheduler may turn the user's groups while a delayed update still goes on with those of its own step.
+        self._groups = [{**each, "params": []} for each in optimizer.param_groups]
+        self._rules = [_rule(optimizer, each, plan) for each in self._groups]
+        self._by_parameter = {id(share.parameter): share for share in self.all_shares}
+        self._mode = "late"
+        self._micro_batches = 1
+        self._held: dict[Share, _Held] = {}
+        self._rooms: set[str] = set()
+        self._given: list[Share] = []  # in this step, in order
+        self._pending: dict[Share, list[Future[None]]] = {}
+        self._unpublished: list[Share] = []
+        self._returning: deque[tuple[Transfer | None, Pending | None]] = deque()
+        self._kept: dict[Share, _Kept] = {}
+        self._updates = ThreadPoolExecutor(1, "headway-update") if self.staged or plan.delayed_update else None
+        self._arrivals = ThreadPoolExecutor(1, "headway-arrivals") if self.staged else None
+        self._out, self._back = self._make_lanes(chunk_elements) if self.staged else (None, None)
+        self._states = ChunkStates(store, plan.optimizer_on)
+        if not self._states.is_resident:
+            # Half of the buffers for chunks on their way, the rest for whoever else moves something.
+            chunks = 2 * (2 * self._states.ahead + 1)
+            bound = int(
+                store.pool.budget_bytes / chunks / max(4 + each.state_bytes_per_element for each in self._rules)
+            )
+            chunk_elements = max(BLOCK_ELEMENTS, min(chunk_elements, bound - bound % BLOCK_ELEMENTS))
+        self._divide(chunk_elements)
+        self._fill(initial)
+
+    # -- Setting up
+
+    def _make_lanes(self, chunk_elements: int) -> tuple[Lane, Lane]:
+        largest = max((share.elements for share in self.shares), default=1)
+        size = min(chunk_elements, largest) * 4
+        return Lane(self.device, size, _RING), Lane(self.device, size, _RING)
+
+    def _divide(self, chunk_elements: int) -> None:
+        """Say which elements stay on the device, cut the others into chunks, and make room for their states."""
+        left = round(self.plan.optimizer_kept * sum(share.elements for share in self.shares))
+        for number, share in enumerate(self.shares):
+            share.number = number
+            # The first parameters of the model: their gradients come last, when nothing is left to hide a transfer.
+            share.kept = share.elements if left >= share.elements else left - left % BLOCK_ELEMENTS
+            left -= share.kept
+            edges = range(share.kept, share.elements, chunk_elements)
+            share.chunks = tuple((start, min(start + chunk_elements, share.elements)) for start in edges)
+            for start, stop in share.chunks:
+                self._states.add(share.key(start), stop - start, self._sections(share))
+                if self.plan.delayed_update:
+                    self.store.create(_fresh(share, start), (stop - start,), share.dtype, self.plan.optimizer_on)
+
+    def _sections(self, share: Share) -> list[StateTensor]:
+        moments = self._rules[share.group].states
+        return list(moments) if self._is_own_master(share) else [StateTensor("master", torch.float32), *moments]
+
+    def _is_own_master(self, share: Share) -> bool:
+        """Whether the parameter itself is the float32 that the host updates, so that no second copy is needed."""
+        if self.plan.delayed_update or share.dtype != torch.float32 or self.staged:
+            return False
+        return share.home is None or share.home.view() is not None
+
+    def _fill(self, initial: Callable[[Share], torch.Tensor | None]) -> None:
+        """Give the masters their first values."""
+        for share in self.shares:
+            values = initial(share)
+            if share.kept:
+                first = None if values is None else values[: share.kept]
+                self._kept[share] = _Kept(self.optimizer, self._groups[share.group], share, first)
+            is_own, rule = self._is_own_master(share), self._rules[share.group]
+            if is_own and self.plan.moments != "int8":
+                continue
+            if values is None and not is_own:
+                values = share.read(0, share.elements)  # at once: a home may read more than it is asked for
+            for start, stop in share.chunks:
+                tensors = self._states.open(share.key(start))
+                if not is_own:
+                    assert values is not None
+                    tensors.pop(0).copy_(values[start:stop])
+                if self.plan.moments == "int8":  # whose code of 0 is not the number 0
+                    for name in rule.moment_names:
+                        rule.write_moment(tensors, name, torch.zeros(stop - start), start=start)
+                self._states.close(share.key(start))
+        self._states.flush()
+
+    def watch(self) -> None:
+        """Take each gradient when backward has made it. Not where DDP or a pipeline works on gradients afterwards."""
+        for share in self.all_shares:
+            share.parameter.register_post_accumulate_grad_hook(self._arrived)
+
+    # -- One step
+
+    def begin(self, micro_batches: int, *, hooked: bool) -> None:
+        """Before the first forward pass of a step. `hooked`: gradients are complete as soon as autograd made them."""
+        self._micro_batches = micro_batches
+        self.factor = None
+        narrow = any(share.dtype != torch.float32 for share in self.shares)
+        if hooked and micro_batches == 1 and not self.clips and not self.plan.delayed_update:
+            self._mode = "eager"
+            self._refresh()
+        elif hooked and (self.staged or (narrow and micro_batches > 1)):
+            self._mode = "hold"
+        else:
+            self._mode = "late"
+
+    def take(self, share: Share, gradient: torch.Tensor) -> None:
+        """This rank's share of one micro-batch's gradient, flat, reduced over the replicas. The caller lets it go."""
+        if self._mode == "eager":
+            self._hand_over(share, gradient)
+        else:
+            self._hold(share, gradient)
+
+    def _arrived(self, parameter: torch.Tensor) -> None:
+        if self._mode == "late":
+            return
+        share = self._by_parameter[id(parameter)]
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        self.take(share, share.flat(gradient))
+
+    def holds(self, parameter: nn.Parameter) -> bool:
+        """Whether the parameter's gradient is here, and no longer in its `grad`."""
+        share = self._by_parameter.get(id(parameter))
+        return share is not None and share in self._held
+
+    def square(self, parameter: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
+        """The sum of squares of the gradient held for a parameter."""
+        held = self._held[self._by_parameter[id(parameter)]]
+        if held.square is not None:
+            return held.square.to(dtype)
+        for future in held.arriving:
+            future.result()
+        parts = [part for part in (held.whole, held.kept, held.off) if part is not None]
+        return torch.stack([part.to(dtype).square().sum().to(self.device) for part in parts]).sum()
+
+    def step(self) -> None:
+        """After backward: update what has not been yet, and bring the new parameters where forward finds them.
+
+        With the delayed update in force, those of the step before; this one's update begins, and goes on beside the
+        next step.
+        """
+        started = time.perf_counter()
+        delayed = self.plan.delayed_update and self.steps_done >= self.plan.delay_warmup
+        if self._mode != "eager":
+            self._wait_and_publish()
+            self._refresh()
+            for share in self.all_shares:
+                self._hand_over_late(share, delayed)
+        self.steps_done += 1
+        if not delayed:
+            self._wait_and_publish()
+        self.times.exposed_seconds += time.perf_counter() - started
+
+    def settle(self) -> None:
+        """Put an update that still goes on (`delayed_update`) in force, as before a checkpoint or at the end."""
+        self._wait_and_publish()
+        self._states.flush()
+
+    def close(self) -> None:
+        """Finish what goes on, and end the threads."""
+        try:
+            self.settle()
+        finally:
+            for executor in (self._updates, self._arrivals):
+                if executor is not None:
+                    executor.shutdown()
+            for lane in (self._out, self._back):
+                if lane is not None:
+                    lane.close()
+            for rule in self._rules:
+                rule.close()
+
+    def _refresh(self) -> None:
+        """Let this step's update go by the hyperparameters as they stand now."""
+        for mine, theirs in zip(self._groups, self.optimizer.param_groups, strict=True):
+            mine.update({key: value for key, value in theirs.items() if key != "params"})
+
+    def _hold(self, share: Share, gradient: torch.Tensor) -> None:
+        held = self._held.get(share)
+        is_first = held is None
+        if held is None:
+            held = self._held[share] = _Held()
+        if not self.staged:
+            held.whole = self._sum(held.whole, gradient)
+            return
+        if self.clips and self._micro_batches == 1:
+            held.square = gradient.float().square().sum()
+        if share.kept:
+            # A copy: the whole gradient must not stay on the device for its first elements' sake.
+            held.kept = self._sum(held.kept, gradient[: share.kept].clone())
+        if share.chunks:
+            assert self._out is not None
+            assert self._arrivals is not None
+            held.off = self._room(share, gradient.dtype)
+            for start, stop in share.chunks:
+                transfer = self._out.out(gradient[start:stop])
+                into = held.off[start - share.kept : stop - share.kept]
+                held.arriving.append(self._arrivals.submit(self._receive, share, transfer, into, is_first))
+
+    def _sum(self, total: torch.Tensor | None, gradient: torch.Tensor) -> torch.Tensor:
+        if total is None:
+            return gradient.float() if self._micro_batches > 1 else gradient
+        return total.add_(gradient)
+
+    def _room(self, share: Share, dtype: torch.dtype) -> torch.Tensor:
+        """Host memory for the gradient of the elements off the device, the same from step to step."""
+        name = f"gradient/{share.name}/{share.number}"
+        if name not in self._rooms:
+            kind = torch.float32 if self._micro_batches > 1 else dtype
+            self.store.create(name, (share.elements - share.kept,), kind, "host")
+            self._rooms.add(name)
+        return self.store.resident(name)
+
+    def _receive(self, share: Share, transfer: Transfer, into: torch.Tensor, is_first: bool) -> None:
+        # Where the step before has not been carried out yet, its gradient is still needed.
+        for future in self._pending.get(share, ()) if is_first else ():
+            future.exception()
+        gradient = transfer.wait()
+        if is_first:
+            into.copy_(gradient)
+        else:
+            into.add_(gradient)
+        transfer.free()
+
+    def _hand_over_late(self, share: Share, delayed: bool) -> None:
+        held = self._held.pop(share, None)
+        if held is not None:
+            for future in held.arriving:
+                future.result()
+            if held.whole is not None:
+                self._hand_over(share, held.whole, delayed=delayed)
+            else:
+                self._hand_over(share, held.off, kept=held.kept, on_host=True, delayed=delayed)
+            return
+        gradient = share.parameter.grad
+        if gradient is None:
+            return
+        flat = share.flat(gradient)
+        if delayed and self.staged:
+            # Off the device first: the update must not keep the ring full while the next step begins.
+            self._hold(share, flat)
+            self._hand_over_late(share, delayed)
+            return
+        if delayed and self._process_group is not None:
+            flat = flat.clone()  # DDP's buckets are written to in the next backward pass
+        self._hand_over(share, flat, delayed=delayed)
+
+    def _hand_over(
+        self,
+        share: Share,
+        gradient: torch.Tensor | None,
+        *,
+        kept: torch.Tensor | None = None,
+        on_host: bool = False,
+        delayed: bool = False,
+    ) -> None:
+        """Begin the update of a share. With `on_host`, `gradient` lacks the elements kept, which are `kept`."""
+        share.steps += 1
+        self._given.append(share)
+        offset = share.kept if on_host else 0
+        if share.kept:
+            mine = kept if on_host else gradient
+            assert mine is not None
+            started = time.perf_counter()
+            self._kept[share].step(share, mine[: share.kept], self._groups[share.group], self.factor)
+            self.times.kept_seconds += time.perf_counter() - started
+        futures = self._pending[share] = []
+        for start, stop in share.chunks:
+            assert gradient is not None
+            part: torch.Tensor | Transfer = gradient[start - offset : stop - offset]
+            if self._out is not None and not on_host:
+                part = self._out.out(part)
+            work = (share, start, stop, part, share.steps, self.factor, delayed)
+            if self._updates is None:
+                self._update(*work)
+            else:
+                futures.append(self._updates.submit(self._update, *work))
+        if delayed and share.chunks:
+            self._unpublished.append(share)
+
+    # -- The update of a chunk, in the thread for updates where there is one
+
+    def _update(
+        self,
+        share: Share,
+        start: int,
+        stop: int,
+        given: torch.Tensor | Transfer,
+        step: int,
+        factor: float | None,
+        delayed: bool,
+    ) -> None:
+        gradient = given.wait() if isinstance(given, Transfer) else given
+        key = share.key(start)
+        tensors = self._states.open(key)
+        started = time.perf_counter()
+        is_own = self._is_own_master(share)
+        view = None if self.staged and share.home is None else share.view()
+        transfer = None
+        out: torch.Tensor | None
+        if is_own:
+            assert view is not None
+            master, moments, out = view[start:stop], tensors, None
+        else:
+            master, moments = tensors[0], tensors[1:]
+            if delayed:
+                out = self._fresh_room(share, start, stop)
+            elif view is not None:
+                out = view[start:stop]
+            else:
+                transfer = self._room_back(stop - start, share.dtype)
+                out = transfer.tensor if transfer is not None else torch.empty(stop - start, dtype=share.dtype)
+        scale = 1.0 if factor is None else factor
+        self._rules[share.group].step(step, gradient, master, moments, out, start=start, gradient_scale=scale)
+        self.times.update_seconds += time.perf_counter() - started
+        self._states.close(key)
+        if isinstance(given, Transfer):
+            given.free()
+        if delayed:
+            assert out is not None
+            if self.plan.optimizer_on != "host":
+                self.store.write(_fresh(share, start), out).wait()
+        elif view is None:
+            assert out is not None
+            self._send_back(share, start, stop, out, transfer)
+
+    def _fresh_room(self, share: Share, start: int, stop: int) -> torch.Tensor:
+        if self.plan.optimizer_on == "host":
+            return self.store.resident(_fresh(share, start))
+        return torch.empty(stop - start, dtype=share.dtype)
+
+    def _room_back(self, elements: int, dtype: torch.dtype) -> Transfer | None:
+        """A buffer to put updated parameters in; waits for the oldest on its way back if all are."""
+        if self._back is None:
+            return None
+        while len(self._returning) >= _RING:
+            self._retire()
+        return self._back.buffer(elements, dtype)
+
+    def _send_back(self, share: Share, start: int, stop: int, values: torch.Tensor, transfer: Transfer | None) -> None:
+        """Begin to bring updated parameters to where they rest; `transfer` is the buffer that they are in, if one."""
+        if share.home is not None:
+            pending = share.home.write(start, stop, values)
+        else:
+            assert self._back is not None
+            assert transfer is not None
+            pending = None
+            self._back.back(transfer, share.flat()[start:stop])
+        if transfer is not None or pending is not None:
+            self._returning.append((transfer, pending))
+        # A write of a home keeps memory of its own until it is done.
+        while share.home is not None and len(self._returning) > 1:
+            self._retire()
+
+    def _retire(self) -> None:
+        """Wait for the oldest that is on its way back."""
+        transfer, pending = self._returning.popleft()
+        if pending is not None:
+            pending.wait()
+        if transfer is not None:
+            transfer.wait()
+            transfer.free()
+
+    # -- The end of an update
+
+    def _wait_and_publish(self) -> None:
+        """Wait for all updates begun, put delayed ones in force, and share new parameters out among the replicas."""
+        given, self._given = self._given, []
+        unpublished, self._unpublished = self._unpublished, []
+        if not given:
+            return
+        late = set(unpublished)
+        waiting: list[Share] = []
+        try:
+            for share in given:
+                for future in self._pending.pop(share, ()):
+                    future.result()
+                if share in late:
+                    self._publish(share)
+                waiting.append(share)
+                if sum(each.elements for each in waiting) * share.dtype.itemsize >= self.plan.bucket_bytes:
+                    self._gather(waiting)
+                    waiting = []
+            self._gather(waiting)
+            while self._returning:
+                self._retire()
+        finally:
+            self._note_lanes()
+
+    def _publish(self, share: Share) -> None:
+        """Bring what the delayed update made of a share to where forward finds it."""
+        view = None if self.staged and share.home is None else share.view()
+        for start, stop in share.chunks:
+            name = _fresh(share, start)
+            is_resident = self.plan.optimizer_on == "host"
+            values = self.store.resident(name) if is_resident else self.store.read(name).wait()
+            if view is not None:
+                view[start:stop].copy_(values)
+            else:
+                transfer = self._room_back(stop - start, share.dtype)
+                if transfer is not None:
+                    transfer.tensor.copy_(values)
+                self._send_back(share, start, stop, values if transfer is None else transfer.tensor, transfer)
+                if transfer is None:
+                    self._retire()
+            if not is_resident:
+                self.store.release(values)
+
+    def _gather(self, shares: Sequence[Share]) -> None:
+        """All-gather the rows that each replica has updated, in one collective for each dtype."""
+        divided = [share for share in shares if share.rows is not None]
+        if self._process_group is None or not divided:
+            return
+        started = time.perf_counter()
+        while self._returning:
+            self._retire()
+        for dtype in dict.fromkeys(share.dtype for share in divided):
+            gather_rows([share for share in divided if share.dtype == dtype], self._process_group)
+        self.times.gathered_seconds += time.perf_counter() - started
+
+    def _note_lanes(self) -> None:
+        times, out, back = self.times, self._out, self._back
+        times.states_seconds = self._states.waited_seconds
+        if out is not None and back is not None:
+            times.gradients_out_seconds, times.gradients_out_bytes = out.seconds, out.transferred_bytes
+            times.parameters_back_seconds, times.parameters_back_bytes = back.seconds, back.transferred_bytes
+            times.stalled_seconds = out.waited_seconds
+
+    def clear_times(self) -> None:
+        """Begin to count anew."""
+        self.times = OffloadTimes()
+        self._states.waited_seconds = 0.0
+        for lane in (self._out, self._back):
+            if lane is not None:
+                lane.seconds, lane.transferred_bytes, lane.waited_seconds = 0.0, 0, 0.0
+
+    # -- States as torch's optimizer would have them, for checkpoints
+
+    def master_of(self, share: Share) -> torch.Tensor:
+        """A share's master weights, flat, in float32 (or the parameter's dtype where that is its own master)."""
+        whole = torch.empty(share.elements)
+        if share.kept:
+            whole[: share.kept] = self._kept[share].master.detach()
+        for start, stop in share.chunks:
+            if self._is_own_master(share):
+                whole[start:stop] = share.read(start, stop)
+            else:
+                whole[start:stop] = self._states.open(share.key(start))[0]
+                self._states.close(share.key(start), changed=False)
+        return whole
+
+    def kept_tensors(self) -> Iterator[torch.Tensor]:
+        """Masters and moments that stay on the device."""
+        for kept in self._kept.values():
+            yield kept.master
+            yield from (value for value in kept.state.values() if isinstance(value, torch.Tensor))
+
+    def moment_names(self, share: Share) -> tuple[str, ...]:
+        """The names that torch gives the moments of a share; none before its first update."""
+        return self.possible_moments(share) if share.steps else ()
+
+    def possible_moments(self, share: Share) -> tuple[str, ...]:
+        """The names that torch gives the moments of a share."""
+        return self._rules[share.group].moment_names
+
+    def counts_steps(self, share: Share) -> bool:
+        """Whether torch's optimizer would keep the number of updates among its states."""
+        return self._rules[share.group].rule != "sgd"
+
+    def moment_of(self, share: Share, name: str) -> torch.Tensor:
+        """One of a share's moments, flat, in float32."""
+        whole = torch.empty(share.elements)
+        if share.kept:
+            whole[: share.kept] = self._kept[share].state[name]
+        rule = self._rules[share.group]
+        for start, stop in share.chunks:
+            tensors = self._states.open(share.key(start))
+            moments = tensors if self._is_own_master(share) else tensors[1:]
+            rule.read_moment(moments, name, whole[start:stop])
+            self._states.close(share.key(start), changed=False)
+        return whole
+
+    def put(self, share: Share, master: torch.Tensor, moments: dict[str, torch.Tensor], steps: int) -> None:
+        """Let a share go on from these float32 values; the parameter itself takes the master's."""
+        share.steps = steps
+        rule = self._rules[share.group]
+        if share.kept:
+            self._kept[share].put(share, master, moments, steps)
+        view = share.view() if share.home is not None or not self.staged else None
+        for start, stop in share.chunks:
+            key, values = share.key(start), master[start:stop]
+            tensors = self._states.open(key)
+            if not self._is_own_master(share):
+                tensors.pop(0).copy_(values)
+            for name, whole in moments.items():
+                rule.write_moment(tensors, name, whole[start:stop], start=start)
+            self._states.close(key)
+            if view is not None:
+                view[start:stop].copy_(values)
+            elif share.home is None:
+                share.flat()[start:stop].copy_(values)
+            elif (pending := share.home.write(start, stop, values.to(share.dtype))) is not None:
+                pending.wait()
+        self._states.flush()
+
+
+class _Kept:
+    """The elements of a share that stay on the device: a float32 master there, updated by torch's own optimizer."""
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, group: dict[str, Any], share: Share, values: torch.Tensor | None
+    ) -> None:
+        self._is_own = share.dtype == torch.float32 and share.home is None
+        mine = share.read(0, share.kept) if values is None or self._is_own else values
+        self.master = nn.Parameter(mine if self._is_own else mine.to(share.parameter.device, torch.float32, copy=True))
+        kind = type(optimizer)
+        accepted = inspect.signature(kind.__init__).parameters
+        options = {key: value for key, value in group.items() if key in accepted and key != "params"}
+        if self.master.is_cuda and "fused" in accepted and not options.get("foreach"):
+            options["fused"] = True  # no temporary tensors, and one kernel
+        self._optimizer = kind([self.master], **options)
+        self._options = options
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return self._optimizer.state[self.master]
+
+    def step(self, share: Share, gradient: torch.Tensor, group: dict[str, Any], factor: float | None) -> None:
+        if self._is_own:
+            self.master.data = share.flat()[: share.kept]  # fully_shard may have moved it
+        self.master.grad = gradient.to(self.master.dtype)
+        if factor is not None:
+            self.master.grad.mul_(factor)
+        mine = self._optimizer.param_groups[0]
+        mine.update({key: value for key, value in group.items() if key in mine and key not in ("params", "fused")})
+        self._optimizer.step()
+        self.master.grad = None
+        self._show(share)
+
+    def put(self, share: Share, master: torch.Tensor, moments: dict[str, torch.Tensor], steps: int) -> None:
+        with torch.no_grad():
+            if self._is_own:
+                self.master.data = share.flat()[: share.kept]
+            self.master.copy_(master[: share.kept])
+        self._show(share)
+        if not steps:
+            return
+        device = self.master.device
+        state: dict[str, Any] = {name: whole[: share.kept].to(device, copy=True) for name, whole in moments.items()}
+        if "betas" in self._options:
+            on = device if self._options.get("fused") else "cpu"
+            state["step"] = torch.tensor(float(steps), device=on)
+        self._optimizer.state[self.master] = state
+
+    def _show(self, share: Share) -> None:
+        if self._is_own:
+            return
+        if share.home is None:
+            share.flat()[: share.kept].copy_(self.master.detach())
+        else:
+            values = self.master.detach().to("cpu", share.dtype)
+            if (pending := share.home.write(0, share.kept, values)) is not None:
+                pending.wait()
+
+
+def _rule(optimizer: torch.optim.Optimizer, group: dict[str, Any], plan: Plan) -> HostOptimizer:
+    try:
+        return HostOptimizer.for_torch(optimizer, group, moments=plan.moments)
+    except InputError as error:
+        raise PlanError(error.message, place="plan: optimizer_on", remedy=error.remedy) from error
+
+
+def rows_of(rows: int, replicas: int, replica: int) -> tuple[int, int]:
+    """The rows (first, after the last) that a replica updates: those that `fully_shard` would give it."""
+    each = -(-rows // replicas)
+    return min(replica * each, rows), min((replica + 1) * each, rows)
+
+
+def gather_rows(shares: Sequence[Share], group: dist.ProcessGroup) -> None:
+    """Make parameters of one dtype whole on every rank of `group`, each rank giving the rows that are its own."""
+    replicas = dist.get_world_size(group)
+    mine = []
+    for share in shares:
+        local = _local(share.parameter.detach())
+        padded = torch.zeros((-(-local.shape[0] // replicas), *local.shape[1:]), dtype=local.dtype, device=local.device)
+        assert share.rows is not None
+        padded[: share.rows[1] - share.rows[0]] = local[share.rows[0] : share.rows[1]]
+        mine.append(padded.reshape(-1))
+    sent = torch.cat(mine)
+    received = [torch.empty_like(sent) for _ in range(replicas)]
+    dist.all_gather(received, sent, group=group)
+    for replica, flat in enumerate(received):
+        at = 0
+        for share, padded in zip(shares, mine):
+            local = _local(share.parameter.detach())
+            first, last = rows_of(local.shape[0], replicas, replica)
+            count = local[first:last].numel()
+            local[first:last] = flat[at : at + count].view(last - first, *local.shape[1:])
+            at += padded.numel()
+
+
+def _fresh(share: Share, start: int) -> str:
+    return f"fresh/{share.name}/{share.number}/{start}"
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,98 @@
+"""From a plan to an `OffloadedOptimizer`: which elements each rank updates, and what its masters begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from headway.plan.plan import Plan
+from headway.train.offload import Home, OffloadedOptimizer, Share, rows_of
+
+if TYPE_CHECKING:
+    from headway.train.parallel import Parallel
+
+__all__ = ["Masters", "lower_precision", "rest_optimizer"]
+
+Masters = dict[int, dict[str, torch.Tensor]]
+"""Position of a stage, then name of a parameter in its model: the float32 values before they were rounded."""
+
+
+def lower_precision(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
+    """Let the device hold trained parameters in the plan's precision alone; the float32 values that they had, by name.
+
+    Frozen parameters stay as they are, for they have no master that would remember what rounding takes from them.
+    """
+    if plan.optimizer_on == "device" or plan.precision == "float32":
+        return {}
+    dtype = getattr(torch, plan.precision)
+    masters = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float32:
+            masters[name] = parameter.data
+            parameter.data = parameter.data.to(dtype)
+    return masters
+
+
+def rest_optimizer(
+    parallel: Parallel, masters: Masters, homes: Mapping[int, Home] | None = None, *, staged: bool | None = None
+) -> OffloadedOptimizer:
+    """The optimizer of a rank's parameters off the device, as its plan says. `homes`: by id of the parameter."""
+    plan = parallel.plan
+    assert parallel.store is not None
+    groups = {
+        id(parameter): number
+        for number, group in enumerate(parallel.optimizer.param_groups)
+        for parameter in group["params"]
+    }
+    replica = parallel.coordinates[1]
+    shares: list[Share] = []
+    values: dict[Share, torch.Tensor] = {}
+    for piece in parallel.pieces:
+        known = masters.get(piece.position, {})
+        by_name = {piece.names[name]: tensor for name, tensor in known.items()}
+        for name, parameter in piece.parameters():
+            if id(parameter) not in groups or not parameter.requires_grad:
+                continue
+            share = _share(name, parameter, groups[id(parameter)], plan, replica)
+            share.home = (homes or {}).get(id(parameter))
+            shares.append(share)
+            if name in by_name and not by_name[name].is_meta:
+                values[share] = by_name[name]
+
+    def initial(share: Share) -> torch.Tensor | None:
+        whole = values.pop(share, None)
+        if whole is None:
+            return None
+        rows = share.rows
+        if isinstance(share.parameter, DTensor):
+            rows = rows_of(whole.shape[0], plan.data, replica)
+        return (whole if rows is None else whole[rows[0] : rows[1]]).reshape(-1)
+
+    divided = parallel.mesh is not None and plan.data > 1 and plan.zero_stage < 2
+    offloaded = OffloadedOptimizer(
+        parallel.optimizer,
+        shares,
+        plan,
+        parallel.store,
+        device=parallel.device,
+        group=parallel.group("data") if divided else None,
+        clips=parallel.clip_norm is not None,
+        initial=initial,
+        staged=staged,
+    )
+    if plan.pipeline == 1 and not divided:
+        offloaded.watch()
+    return offloaded
+
+
+def _share(name: str, parameter: nn.Parameter, group: int, plan: Plan, replica: int) -> Share:
+    if isinstance(parameter, DTensor):
+        return Share(name, parameter, group, parameter.to_local().numel())
+    if plan.data == 1 or not parameter.ndim:
+        return Share(name, parameter, group, parameter.numel())
+    rows = rows_of(parameter.shape[0], plan.data, replica)
+    return Share(name, parameter, group, parameter[rows[0] : rows[1]].numel(), rows)
