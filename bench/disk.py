@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--patience", type=float, default=180.0, help="seconds, after which no new round begins")
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "disk.json")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "disk.json")
     options = parser.parse_args()
     size = int(options.tensor)
     if size % BLOCK_BYTES:
@@ -198,8 +198,8 @@ def main() -> None:
     console.print(table)
     if refusal:
         console.print(f"through the page cache: {refusal}")
-    save_record(record, options.out)
-    console.print(f"written to {options.out}")
+    save_record(record, options.output)
+    console.print(f"written to {options.output}")
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--elements", type=int, default=32_000_000)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--patience", type=float, default=80.0, help="seconds for each number of threads")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "host_optimizer.json")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "host_optimizer.json")
     options = parser.parse_args()
     record = new_record(SEED, torch=torch.__version__, numba=numba.__version__, cores=torch.get_num_threads())
     record |= {"elements": options.elements, "results": {}}
@@ -242,8 +242,8 @@ def main() -> None:
             )
         console.print(table)
     record["load_after"] = round(os.getloadavg()[0], 2)
-    save_record(record, options.out)
-    console.print(f"written to {options.out}; load {record['load_before']} before, {record['load_after']} after")
+    save_record(record, options.output)
+    console.print(f"written to {options.output}; load {record['load_before']} before, {record['load_after']} after")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,17 @@
 Each split takes some measurements away, gives the rest to each way of timing, and asks for what was taken. Nothing is
 drawn at random. Errors are relative to the measured time; `coverage` counts how many measured times lie within the
 bounds, which are meant to hold nine times out of ten. "Small": below 64 KiB.
+
+A time is *contradicted* if the profile has the same collective, size and topology on other meshes, and their median is
+more than 15 % away from it: nobody who is told those can be right about this one. The worst error is reported with all
+rows, and with contradicted ones left out; the largest are listed with what was measured around them.
 """
 
 import argparse
 import datetime
 import itertools
-import json
 import platform
+import statistics
 import sys
 import time
 from collections import defaultdict
@@ -27,14 +31,16 @@ from rich.table import Table
 from headway.errors import InputError
 from headway.hardware.catalog import preset
 from headway.predict.alpa import read_measurements
-from headway.predict.database import Measurement
+from headway.predict.database import Group, Measurement
 from headway.predict.learned import Learned, topology
 from headway.predict.timing import Catalogued, Interpolated, Linear, Timing, for_cluster
-from headway.value import write_atomically
+from record import save_record
 
 HERE = Path(__file__).parent
 DATA = HERE.parent.parent / "shared" / "data" / "planning"
 SMALL_BYTES = 64 * 1024
+CONTRADICTED = 0.15
+LISTED = 12
 
 Taken = Callable[[int, int, Measurement], bool]  # place among its key's sizes, how many there are, the measurement
 
@@ -68,7 +74,67 @@ def ask(way: Timing, row: Measurement):
     )
 
 
-def judged(method: str, split: str, way: Timing, rows: Sequence[Measurement], fit_seconds: float) -> dict | None:
+class Repeats:
+    """The same collective on other meshes of one profile: same topology and bytes, in the same dtype if any."""
+
+    def __init__(self, rows: Sequence[Measurement]) -> None:
+        self.rows: dict[tuple, list[Measurement]] = defaultdict(list)
+        self.curves: dict[Group, list[Measurement]] = defaultdict(list)
+        for row in rows:
+            self.rows[topology(row.group), row.size].append(row)
+            self.curves[row.group].append(row)
+        for curve in self.curves.values():
+            curve.sort(key=lambda row: row.size)
+
+    def of(self, row: Measurement) -> list[float]:
+        """Seconds of the others."""
+        others = [other for other in self.rows[topology(row.group), row.size] if other.group != row.group]
+        alike = [other for other in others if other.dtype == row.dtype]
+        return [other.seconds for other in alike or others if other.seconds is not None]
+
+    def contradict(self, row: Measurement) -> bool:
+        """Whether their median is far from this one."""
+        others = self.of(row)
+        return bool(others) and abs(statistics.median(others) / seconds_of(row) - 1) > CONTRADICTED
+
+    def beside(self, row: Measurement) -> list[tuple[float, float]]:
+        """(bytes, seconds) of the sizes before and after it in its own group, and its own."""
+        curve = self.curves[row.group]
+        at = curve.index(row)
+        return [(one.size, seconds_of(one)) for one in curve[max(0, at - 2) : at + 3]]
+
+
+def seconds_of(row: Measurement) -> float:
+    assert row.seconds is not None
+    return row.seconds
+
+
+def largest(way: Timing, rows: Sequence[Measurement], repeats: Repeats) -> list[dict]:
+    """The rows with the largest errors, each with its neighbours and repetitions."""
+    found = [(ask(way, row).seconds / seconds_of(row) - 1, row) for row in rows]
+    found.sort(key=lambda one: -abs(one[0]))
+    return [
+        {
+            "error": error,
+            "collective": f"{row.operation} {row.dtype} of {row.size:.0f} B, {row.nodes}x{row.devices_per_node}, "
+            f"groups of {row.group_size}, stride {row.stride}",
+            "seconds": row.seconds,
+            "sizes beside it": repeats.beside(row),
+            "the same on other meshes": repeats.of(row),
+            "contradicted": repeats.contradict(row),
+        }
+        for error, row in found[:LISTED]
+    ]  # fmt: skip
+
+
+def judged(
+    method: str,
+    split: str,
+    way: Timing,
+    rows: Sequence[Measurement],
+    fit_seconds: float,
+    repeats: Repeats | None = None,
+) -> dict | None:
     """One line of the table; None if this way of timing cannot answer for these rows."""
     errors, inside, small = [], [], []
     for row in rows:
@@ -76,10 +142,12 @@ def judged(method: str, split: str, way: Timing, rows: Sequence[Measurement], fi
             estimate = ask(way, row)
         except InputError:
             return None
-        errors.append(abs(estimate.seconds / row.seconds - 1))
-        inside.append(estimate.low_seconds <= row.seconds <= estimate.high_seconds)
+        errors.append(abs(estimate.seconds / seconds_of(row) - 1))
+        inside.append(estimate.low_seconds <= seconds_of(row) <= estimate.high_seconds)
         small.append(row.unit == "bytes" and row.size < SMALL_BYTES)
     found, few = np.array(errors), np.array(errors)[np.array(small)]
+    alone = np.array([repeats is not None and repeats.contradict(row) for row in rows])
+    agreed = found[~alone]
     return {
         "split": split,
         "method": method,
@@ -88,6 +156,10 @@ def judged(method: str, split: str, way: Timing, rows: Sequence[Measurement], fi
         "median": float(np.median(found)),
         "worst": float(found.max()),
         "above_15_percent": float(np.mean(found > 0.15)),
+        "rows_above_15_percent": int(np.sum(found > 0.15)),
+        "contradicted": int(alone.sum()),
+        "worst_uncontradicted": float(agreed.max()) if len(agreed) else None,
+        "rows_above_15_percent_uncontradicted": int(np.sum(agreed > 0.15)),
         "mean_small": float(few.mean()) if len(few) else None,
         "worst_small": float(few.max()) if len(few) else None,
         "coverage": float(np.mean(inside)),
@@ -107,13 +179,18 @@ def divided(rows: Sequence[Measurement], taken: Taken) -> tuple[list[Measurement
     return kept, left
 
 
-def compared(split: str, kept: list[Measurement], left: list[Measurement]) -> list[dict]:
+def compared(
+    split: str, kept: list[Measurement], left: list[Measurement], repeats: Repeats | None = None
+) -> list[dict]:
     ways = {"linear": Linear, "interpolated": Interpolated, "learned": Learned}
     lines = []
     for name, way in ways.items():
         start = time.process_time()
         fitted = way(kept)
-        lines.append(judged(name, split, fitted, left, time.process_time() - start))
+        line = judged(name, split, fitted, left, time.process_time() - start, repeats)
+        if line is not None and name == "learned" and repeats is not None:
+            line["largest"] = largest(fitted, left, repeats)
+        lines.append(line)
     return [line for line in lines if line is not None]
 
 
@@ -160,14 +237,15 @@ def main() -> None:
     ]
     collectives = [row for row in alpa if row.unit == "bytes"]
     products = [row for row in alpa if row.unit == "flop"]
+    repeats = Repeats(collectives)
     lines = []
     for split, taken in (*SIZES, *MESHES):
         kept, left = divided(collectives, taken)
-        lines += compared(split, kept, left)
+        lines += compared(split, kept, left, repeats)
         if split.startswith("mesh 4x8"):
             # Most groups of a large mesh exist on smaller ones too. These do not.
             new = [row for row in left if row.group.spans > 2]
-            lines += compared("mesh 4x8, groups over 4 nodes only", kept, new)
+            lines += compared("mesh 4x8, groups over 4 nodes only", kept, new, repeats)
     for split, taken in (SIZES[0], SIZES[4], *MESHES[2:]):
         kept, left = divided(products, taken)
         lines += compared(f"products: {split}", kept, left)
@@ -181,16 +259,34 @@ def main() -> None:
         "median",
         "worst",
         "> 15 %",
+        "uncontradicted: worst",
+        "> 15 %",
         "small: mean",
         "worst",
         "coverage",
     ):
         table.add_column(column, justify="left" if column in ("left out", "method") else "right")
     for line in lines:
-        shares = ("mean", "median", "worst", "above_15_percent", "mean_small", "worst_small", "coverage")
-        cells = ["" if line[name] is None else f"{line[name]:.1%}" for name in shares]
+        shares = ("mean", "median", "worst", "", "worst_uncontradicted", "", "mean_small", "worst_small", "coverage")
+        counts = iter(("rows_above_15_percent", "rows_above_15_percent_uncontradicted"))
+        cells = [
+            (("" if line[name] is None else f"{line[name]:.1%}") if name else str(line[next(counts)]))
+            for name in shares
+        ]
         table.add_row(line["split"], line["method"], str(line["rows"]), *cells)
     console.print(table)
+    for line in lines:
+        if "largest" in line and line["split"] == SIZES[0][0]:
+            console.print(
+                f"The largest errors of {line['split']}, learned (microseconds; * the time that was left out):"
+            )
+            for one in line["largest"]:
+                beside = " ".join(
+                    f"{seconds * 1e6:.0f}" + ("*" if seconds == one["seconds"] else "")
+                    for _, seconds in one["sizes beside it"]
+                )
+                others = " ".join(f"{seconds * 1e6:.0f}" for seconds in one["the same on other meshes"]) or "none"
+                console.print(f"  {one['error']:+.0%} {one['collective']}: {beside}; on other meshes: {others}")
     noise = repeated(collectives)
     console.print(
         f"The same collective, size and dtype on different meshes of the same profile: {noise['pairs']} pairs, "
@@ -205,7 +301,7 @@ def main() -> None:
         "lines": lines,
         "repeated_measurements": noise,
     }
-    write_atomically(arguments.output, json.dumps(record, indent=1) + "\n")
+    save_record(record, arguments.output)
 
 
 def _processor() -> str:

@@ -1,15 +1,15 @@
 """Which policy has the shortest completion times? Ours against Tiresias's and those before it, and against a bound.
 
-    python bench/policies.py                      about ten minutes on two idle cores; results in bench/results/
+    python bench/policies.py                      about ten minutes on two cores; results in bench/results/
     python bench/policies.py --quick              a smoke run: two seeds, the first jobs of each trace
     python bench/policies.py --only muri1,drawn
 
 Published traces (in ../shared/data/scheduling, or --data) and drawn ones, each on machines that it keeps busy about
 nine tenths of the time. The first third of a published trace is the past: thresholds are tuned on it, and Gittins knows
-the services of its jobs. The rest is played. Seeds 1 to 5 draw the days of the rest again, some twice, some not at all;
-of a drawn trace they draw new jobs, and seed 0 is the past. So no policy has seen a job that it is judged on. All see
-the same jobs; resuming a job costs 30 s on all of its devices, nobody's patience ends, and all of it is played by the
-compiled twin (`engine` in the results), so that the figures don't depend on how busy the machine is.
+the services of its jobs. The rest is played. Seeds 1 to 20 draw its days again, some twice, some not at all; of a drawn
+trace they draw new jobs, and seed 0 is the past. So no policy has seen a job that it is judged on. All see the same
+jobs; resuming a job costs 30 s on all of its devices, nobody's patience ends, and all of it is played by the compiled
+twin (`engine` in the results), so that the figures don't depend on how busy the machine is.
 
 - `2d-las`, `2d-gittins`: as published, with the thresholds of Tiresias's public simulator for all traces. `2d-las
   tuned`, `2d-gittins tuned`: the pair of a grid that is best on the past of that very trace.
@@ -60,6 +60,12 @@ ELASTIC_POLICIES = ("2d-las", "headway rigid", "headway", "optimus", "pollux")
 DRAWN_FLEET, DRAWN_JOBS, DRAWN_LOAD = "n16g8", 30_000, 0.95
 GRID = (900.0, 3600.0, 14400.0, 57600.0, 230400.0, 921600.0, 3686400.0)
 NAMES = (*PUBLISHED, "drawn", "elastic", WHOLE)
+KEPT = ("completion_mean", "completion_p99", "delay_mean", "preemptions", "overhead_share")
+CLAIMS = (
+    (("yarn", "2d-las"), ("yarn", "2d-las tuned"), ("gandiva", "2d-las tuned")),
+    (("2d-las", "headway"), ("2d-gittins", "headway"), ("2d-las tuned", "headway"), ("2d-gittins tuned", "headway")),
+    (("headway shuffled", "headway"), ("headway", "srsf")),
+)
 POLICIES = ("yarn", "gandiva", "2d-las", "2d-las tuned", "2d-gittins", "2d-gittins tuned", "headway", "srsf")
 
 
@@ -122,8 +128,13 @@ def compare(name: str, data: Path, seeds: list[int], limit: int | None, workers:
     return {
         "trace": name, "fleet": spec, "jobs": jobs, "load": [round(load, 3) for load in loads],
         "thresholds": {policy: list(pair) for policy, pair in tuned.items()},
-        "policies": {policy: [msgspec.to_builtins(each) for each in runs] for policy, runs in by_policy.items()},
+        "policies": {policy: kept(runs) for policy, runs in by_policy.items()},
     }  # fmt: skip
+
+
+def kept(runs: list) -> dict[str, list[float]]:
+    """Of each figure of the table, all seeds."""
+    return {field: [getattr(run, field) for run in runs] for field in KEPT}
 
 
 def compare_elastic(seeds: list[int], limit: int | None, workers: int) -> dict:
@@ -155,16 +166,19 @@ def compare_elastic(seeds: list[int], limit: int | None, workers: int) -> dict:
     return {
         "trace": "elastic", "fleet": ELASTIC_FLEET, "jobs": [count for _ in seeds],
         "load": [round(rigid[seed].load(fleet.devices), 3) for seed in seeds],
-        "policies": {policy: [msgspec.to_builtins(each) for each in runs] for policy, runs in by_policy.items()},
+        "policies": {policy: kept(runs) for policy, runs in by_policy.items()},
     }  # fmt: skip
 
 
 def ratio_of(found: dict, slower: str, faster: str) -> str:
-    """How many times the mean completion time of `faster` that of `slower` is, seed by seed."""
+    """How many times the mean completion time of `faster` that of `slower` is, seed by seed, and its 95 % interval."""
     runs = found["policies"]
-    ours, theirs = ([each["completion_mean"] for each in runs[policy]] for policy in (faster, slower))
+    ours, theirs = (runs[policy]["completion_mean"] for policy in (faster, slower))
     ratio = paired_ratio(ours, theirs)
-    return f"{ratio.mean:.2f} ± {ratio.half:.2f}" if ratio.runs > 1 else f"{ratio.mean:.2f}"
+    if ratio.runs < 2:
+        return f"{ratio.mean:.2f}"
+    highest = ratio.mean + ratio.half
+    return f"{ratio.mean:.2f} ({ratio.mean**2 / highest:.2f}-{highest:.2f})"  # symmetrical in the logarithm
 
 
 def table_of(found: dict) -> Table:
@@ -180,10 +194,10 @@ def table_of(found: dict) -> Table:
         table.add_column(column, justify="right" if at else "left")
     for policy, runs in found["policies"].items():
 
-        def mean(field: str, runs: list = runs) -> float:
-            return interval([each[field] for each in runs]).mean
+        def mean(field: str, runs: dict = runs) -> float:
+            return interval(runs[field]).mean
 
-        average = interval([each["completion_mean"] / 3600 for each in runs])
+        average = interval([seconds / 3600 for seconds in runs["completion_mean"]])
         table.add_row(
             policy, str(average), f"{mean('completion_p99') / 3600:.1f}", f"{mean('delay_mean') / 3600:.2f}",
             f"{mean('preemptions'):,.0f}", f"{mean('overhead_share'):.2%}", ratio_of(found, policy, bound),
@@ -191,18 +205,13 @@ def table_of(found: dict) -> Table:
     return table
 
 
-def claims_of(results: list[dict]) -> Table:
-    pairs = (
-        ("yarn", "2d-las"), ("yarn", "2d-las tuned"), ("gandiva", "2d-las tuned"), ("2d-las", "headway"),
-        ("2d-gittins", "headway"), ("2d-las tuned", "headway"), ("2d-gittins tuned", "headway"),
-        ("headway shuffled", "headway"), ("headway", "srsf"),
-    )  # fmt: skip
+def claims_of(results: list[dict], pairs: tuple[tuple[str, str], ...]) -> Table:
     table = Table(title="Average JCT of the first over that of the second", box=SIMPLE_HEAD, title_justify="left")
-    table.add_column("first / second")
-    for found in results:
-        table.add_column(found["trace"], justify="right")
+    table.add_column("trace")
     for slower, faster in pairs:
-        table.add_row(f"{slower} / {faster}", *(ratio_of(found, slower, faster) for found in results))
+        table.add_column(f"{slower} / {faster}", justify="right")
+    for found in results:
+        table.add_row(found["trace"], *(ratio_of(found, slower, faster) for slower, faster in pairs))
     return table
 
 
@@ -210,7 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smoke run, kept nowhere")
     parser.add_argument("--only", default="", help=f"of {', '.join(NAMES)}")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--workers", type=int, default=0, help="processes; 0: one for each core")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "policies.json")
@@ -234,7 +243,8 @@ def main() -> None:
         results.append(found)
         console.print(table_of(found))
         print(f"{name}: after {time.perf_counter() - begun:.0f} s", file=sys.stderr)
-    console.print(claims_of([found for found in results if found["trace"] != "elastic"]))
+    for pairs in CLAIMS:
+        console.print(claims_of([found for found in results if found["trace"] != "elastic"], pairs))
     record |= {"results": results, "seconds": round(time.perf_counter() - begun, 1)}
     if not options.quick:
         save_record(record, options.output)

@@ -7,12 +7,14 @@ FOLDER holds tables that `headway.predict.published` reads (others are named and
 rows that constants may be fitted on, and for the held-out ones. The FLOP count has one constant, the share of the peak
 that is reached, which is fitted here on the fitted rows; llm-analysis (`pip install llm-analysis`) is run with its own
 defaults if it is installed, on what it can say: dense models, no context parallelism.
+
+Behind the errors stands what a table allows (`ceilings.py`): how well any smooth law could order its plans, and
+whether its times are sums of parts.
 """
 
 import argparse
 import datetime
 import importlib.util
-import json
 import platform
 import statistics
 import sys
@@ -23,11 +25,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ceilings import LARGE, composition, order_of_pairs, smooth_laws
 from headway.errors import FieldError, InputError
 from headway.predict.published import PublishedRow, SkippedRow, read_rows
 from headway.predict.validation import Predicted, Prophet, Validation, is_fitted, validate
 from headway.report.validation import validation_tables, write_scatter
-from headway.value import write_atomically
+from record import save_record
 
 HERE = Path(__file__).parent
 
@@ -157,6 +160,40 @@ def summary(validation: Validation, fitted: bool) -> dict:
     }
 
 
+def allowed(name: str, rows: list[PublishedRow], validation: Validation, folder: Path) -> dict:
+    """What this table allows any prediction; see `ceilings`."""
+    timed = [(row, found.predicted_seconds) for row, found in zip(rows, validation.rows, strict=True)
+             if row.step_seconds and found.predicted_seconds]  # fmt: skip
+    record: dict = {"pairs of held-out plans": order_of_pairs(rows, validation)}
+    if timed:
+        record["smooth laws"] = smooth_laws([row for row, _ in timed], [seconds for _, seconds in timed])
+    if name.startswith("vtrain"):
+        record["composition"] = composition(rows, folder / "vtrain_allreduce_lut.csv")
+    return record
+
+
+def print_allowed(console: Console, record: dict) -> None:
+    pairs = record["pairs of held-out plans"]
+    if pairs["pairs"]:
+        console.print(
+            f"Pairs of held-out plans of one job that differ by more than 3 %: {pairs['pairs']}, "
+            f"{pairs['right']:.1%} in the right order ({pairs['within 3 %']} pairs differ by less)"
+        )
+    if record.get("smooth laws"):
+        table = Table(
+            box=SIMPLE_HEAD, title=f"Held-out rows of searches of {LARGE} plans and more", title_justify="left"
+        )
+        for column in ("law", "rows", "step time", "regret", "rank"):
+            table.add_column(column, justify="left" if column == "law" else "right")
+        for one in record["smooth laws"]:
+            rank = one["rank"]
+            table.add_row(one["law"], str(one["held out rows"]), percent(one["step"]), percent(one["regret"]),
+                          "" if rank is None else f"{rank:.2f}")  # fmt: skip
+        console.print(table)
+    for what, value in record.get("composition", {}).items():
+        console.print(f"  {what}: {value:.6g}" if value is not None else f"  {what}: -")
+
+
 def percent(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
 
@@ -186,6 +223,9 @@ def main() -> None:
                     console.print(table)
                 quantity = "step" if validation.errors("step") else "memory"
                 write_scatter(validation, arguments.output.with_name(f"prediction_{Path(name).stem}.svg"), quantity)
+                ceilings = allowed(name, rows, validation, arguments.data)
+                print_allowed(console, ceilings)
+                record.setdefault(name, {})["what the table allows"] = ceilings
             held = summary(validation, False)
             said = len(validation.part(False)) - held["not predicted"]
             rank = held["mean rank correlation"]
@@ -208,7 +248,7 @@ def main() -> None:
         "seed": 0,
         "tables": record,
     }
-    write_atomically(arguments.output, json.dumps(content, indent=1) + "\n")
+    save_record(content, arguments.output)
 
 
 if __name__ == "__main__":

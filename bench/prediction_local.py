@@ -9,7 +9,6 @@ and the peak memory of every rank above what it used before the model was built.
 
 import argparse
 import datetime
-import json
 import platform
 import statistics
 import sys
@@ -25,7 +24,7 @@ from headway.errors import HeadwayError
 from headway.search.find import Constraints
 from headway.train.run import RunResult, compare, run
 from headway.units import format_bytes, format_seconds
-from headway.value import write_atomically
+from record import save_record
 
 HERE = Path(__file__).parent
 
@@ -150,7 +149,7 @@ def main() -> None:
         "summary": summary,
         "rows": rows,
     }
-    write_atomically(arguments.output, json.dumps(record, indent=1) + "\n")
+    save_record(record, arguments.output)
     if summary["failed"]:
         sys.exit(1)
 

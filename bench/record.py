@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,15 @@ def new_record(seed: int | str, **versions: Any) -> dict[str, Any]:
 
 
 def save_record(record: dict[str, Any], path: Path) -> None:
-    """Write a record."""
-    write_atomically(path, json.dumps(record, indent=1) + "\n")
+    """Write a record; what holds numbers and words alone, and is not long, is one line."""
+    text = json.dumps(record, indent=1)
+    text = re.sub(r"([\[{])\n([^\[\]{}]*?)\n *([\]}])", _on_one_line, text)
+    write_atomically(path, text + "\n")
+
+
+def _on_one_line(found: re.Match[str]) -> str:
+    line = found[1] + re.sub(r"\n *", " ", found[2].strip()) + found[3]
+    return line if len(line) <= 600 else found[0]
 
 
 def _processor() -> str:

@@ -15,11 +15,13 @@ from headway.schedule.placement.profiles import MODELS, PUBLISHED_SKEW, PUBLISHE
 from headway.schedule.placement.spread import SpreadCost
 from record import new_record, save_record
 
+HERE = Path(__file__).parent
+
 
 def main() -> None:
     """Predict all models that the zoo traces, print a table and keep it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="where to keep the figures")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "spread.json")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=8)
     arguments = parser.parse_args()
@@ -46,8 +48,7 @@ def main() -> None:
         reduced = f"{row['speed_all_reduce']:10.2f}" if "speed_all_reduce" in row else f"{'-':>10}"
         print(f"{model:12} {skew:6.3f} {PUBLISHED_SKEW[model]:6.3f} {row['paper_speed']:6.2f}", *shown, reduced)
     record["rows"] = rows
-    if arguments.json:
-        save_record(record, arguments.json)
+    save_record(record, arguments.output)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """What does it cost to stay within a memory budget, by which policy?
 
     python bench/swapping.py --graphs lstm --budgets 1 0.6 --seconds 2        a minute
-    python bench/swapping.py --output bench/results/swapping.json --picture docs/images/swapping.png    everything
+    python bench/swapping.py --parts operators --link 0                       recomputation alone
+    python bench/swapping.py --output bench/results/swapping.json --picture docs/images/swapping.png    ten minutes
 
 Two parts. "operators": the traced graph of a training step at its real size, operator by operator; "groups": the same
-step in few groups of operators, where the integer program gives a bound below every policy. Budgets are shares of the
-peak of keeping everything. An operator takes what its roofline on `--device` says; transfers go over `--link` bytes per
+step in few groups of operators, small enough for the integer program with all stages. `optimal` has a bound below every
+policy in both (but for gist and flashneuron, which encode, and swapadvisor, which may change the order); the second
+table of each says how far above it each policy is, in percent of the step. Budgets are shares of the peak of keeping
+everything. An operator takes what its roofline on `--device` says; transfers go over `--link` bytes per
 second to the host, and `--disk` to the disk. All schedules are checked by the interpreter. An overhead is the time over
 that of the step that keeps everything, minus one.
 
@@ -46,6 +49,7 @@ from record import new_record, save_record
 
 Made = tuple[nn.Module, tuple[torch.Tensor, ...], torch.Tensor, Callable[..., torch.Tensor], int]
 BUDGETS = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2)
+TRAVELLING = ("vdnn-conv", "vdnn-all", "superneurons", "flashneuron", "swapadvisor")  # policies that need a way
 SHARES = tuple(tenth / 10 for tenth in range(11))  # of torch's budget
 
 
@@ -344,6 +348,26 @@ def table(title: str, rows: list[Row], budgets: list[float]) -> Table:
     return shown
 
 
+def gaps(rows: list[Row], budgets: list[float]) -> Table:
+    """How far each policy is above the bound of `optimal`, in percent of the step that keeps everything."""
+    shown = Table(title="above the bound", box=SIMPLE_HEAD, title_justify="left")
+    shown.add_column("policy")
+    for budget in budgets:
+        shown.add_column(f"{budget:.0%}", justify="right")
+    bounds = {row.budget_share: row.bound_overhead for row in rows if row.policy == "optimal" and not row.failure}
+    for policy in dict.fromkeys(row.policy for row in rows):
+        cells: list[str] = []
+        for budget in budgets:
+            row = next(
+                (each for each in rows if each.policy == policy and abs(each.budget_share - budget) < 1e-9), None
+            )
+            bound = next((value for share, value in bounds.items() if abs(share - budget) < 1e-9), None)
+            has_gap = row is not None and not row.failure and bound is not None
+            cells.append(f"{100 * (row.overhead - bound):.1f}" if has_gap else "-")
+        shown.add_row(policy, *cells)
+    return shown
+
+
 def picture(results: dict[str, list[Row]], path: Path) -> None:
     import matplotlib
 
@@ -357,6 +381,10 @@ def picture(results: dict[str, list[Row]], path: Path) -> None:
             if points:
                 style = ("-", "--", ":")[at // 10 % 3]
                 axis.plot([100 * x for x, _ in points], [100 * y for _, y in points], style, marker=".", label=policy)
+        bounds = [(row.budget_share, row.bound_overhead) for row in rows if row.policy == "optimal" and not row.failure]
+        if bounds:
+            shares, overheads = zip(*bounds)
+            axis.fill_between([100 * x for x in shares], [100 * y for y in overheads], color="0.85", label="bound")
         axis.set(title=name, xlabel="budget (% of the peak)", yscale="symlog")
         axis.invert_xaxis()
     axes[0][0].set_ylabel("overhead (%)")
@@ -373,11 +401,12 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", choices=[*POLICIES, "torch"], default=[*POLICIES, "torch"])
     parser.add_argument("--parts", nargs="+", choices=["operators", "groups"], default=["operators", "groups"])
     parser.add_argument("--device", default="dgx-1v", help="a machine of the catalogue, for its accelerator")
-    parser.add_argument("--link", type=float, default=12e9, help="bytes per second to the host, each way")
+    parser.add_argument("--link", type=float, default=12e9, help="bytes per second to the host, each way; 0: no way")
     parser.add_argument("--disk", type=float, default=2e9, help="bytes per second to the disk, each way")
     parser.add_argument("--groups", type=int, default=24, help="groups of operations for the integer program")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each search of swapadvisor")
-    parser.add_argument("--optimal-seconds", type=float, default=16.0, help="for each integer program")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each search of swapadvisor")
+    parser.add_argument("--optimal-seconds", type=float, default=7.0, help="for each answer of optimal, and its bound")
+    parser.add_argument("--group-seconds", type=float, default=3.0, help="the same, of groups")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--picture", type=Path)
@@ -385,10 +414,13 @@ def main() -> None:
     console = Console(width=120)
     record = new_record(options.seed, torch=torch.__version__)
     accelerator = load_cluster(options.device).accelerator_of(0)
-    ways = (
+    ways: tuple[Way, ...] = (
         Way(tier="host", write_bytes_per_second=options.link, read_bytes_per_second=options.link),
         Way(tier="disk", write_bytes_per_second=options.disk, read_bytes_per_second=options.disk),
     )
+    if not options.link:  # recomputation alone
+        ways = ()
+        options.policies = [policy for policy in options.policies if policy not in TRAVELLING]
     record["device"], record["graphs"] = accelerator.name, {}
     results: dict[str, list[Row]] = {}
     for name in options.graphs:
@@ -409,20 +441,26 @@ def main() -> None:
         if "operators" in options.parts:
             able = [policy for policy in options.policies if policy not in ("optimal", "torch")]
             rows = list(problem_table(problem, options.budgets, able, seed=options.seed, seconds=options.seconds))
+            if "optimal" in options.policies:
+                rows += problem_table(problem, options.budgets, ["optimal"], seconds=options.optimal_seconds)
             if "torch" in options.policies:
                 rows += torch_rows(made, accelerator, options.budgets)
             kept["operators"] = [row.to_builtins() for row in rows]
             results[name] = rows
             console.print(table(f"{described}, {len(problem.operations)} operations", rows, options.budgets))
+            if "optimal" in options.policies:
+                console.print(gaps(rows, options.budgets))
         if "groups" in options.parts:
             coarse = with_encodings(grouped(problem, options.groups)[0], accelerator.memory_bytes_per_second)
             able = [policy for policy in options.policies if policy not in ("gist", "flashneuron", "torch")]
             quick = [policy for policy in able if policy != "optimal"]
             rows = list(problem_table(coarse, options.budgets, quick, seed=options.seed, seconds=options.seconds))
             if "optimal" in able:
-                rows += problem_table(coarse, options.budgets, ["optimal"], seconds=options.optimal_seconds)
+                rows += problem_table(coarse, options.budgets, ["optimal"], seconds=options.group_seconds)
             kept["groups"] = [row.to_builtins() for row in rows]
             console.print(table(f"{name} in {len(coarse.operations)} groups", rows, options.budgets))
+            if "optimal" in able:
+                console.print(gaps(rows, options.budgets))
         if options.output:  # what is there so far: the next graph may take minutes
             save_record(record, options.output)
     if options.picture and results:

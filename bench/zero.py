@@ -1,11 +1,12 @@
 """ZeRO's memory and communication, measured on real ranks beside the formulas of Rajbhandari et al. (SC 2020).
 
     python bench/zero.py                    # 2 and 4 ranks, all stages
-    python bench/zero.py --width 512 --out zero.json
+    python bench/zero.py --width 512 --output zero.json
 
 Memory: bytes of parameters between forward and backward, and of gradients and optimizer states before the update.
 Communication: elements handed to the collectives of one step, counted where torch hands them to the process group. An
-all-reduce counts twice (reduce-scatter and all-gather), as in the paper; a broadcast of an owner's share counts once.
+all-reduce counts twice (reduce-scatter and all-gather), as in the paper; a reduction to an owner and a broadcast of
+what it updated count once. Gradients that a rank does not own (ZeRO-1) stand in DDP's buckets, and count.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent))
+from headway.exchange.ending import leave_group
 from headway.plan.plan import Plan, Stage
 from headway.train.parallel import Parallel, parallelise
 from headway.workload.trace import trace
@@ -96,9 +99,13 @@ class Counter:
 # Entry point, how often its elements count, which argument is the whole tensor.
 _COLLECTIVES = (
     ("allreduce", 2.0, 0),
+    ("allreduce_coalesced", 2.0, 0),
+    ("reduce", 1.0, 0),
     ("broadcast", 1.0, 0),
+    ("allgather", 1.0, 0),
     ("_allgather_base", 1.0, 0),
     ("all_gather_single", 1.0, 0),
+    ("reduce_scatter", 1.0, 1),
     ("_reduce_scatter_base", 1.0, 1),
     ("reduce_scatter_single", 1.0, 1),
     ("allgather_into_tensor_coalesced", 1.0, 0),
@@ -142,8 +149,7 @@ def _worker(ranks: int, rank: int, width: int, folder: str) -> None:
     counter = Counter(dist.ProcessGroup)
     results = [asdict(_measure(stage, ranks, rank, width, counter)) for stage in range(4)]
     (Path(folder) / f"{rank}.json").write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_group(torch.device("cpu"))
 
 
 def _model(width: int) -> nn.Module:
@@ -184,8 +190,11 @@ def _sizes(parallel: Parallel) -> dict[str, float]:
     parameters = [parameter for _, parameter in parallel.parameters()]
     optimizer = parallel.optimizer if parallel.zero is None else parallel.zero.optim
     states = [value for state in optimizer.state.values() for value in state.values()]
+    gradients: list[Any] = [parameter.grad for parameter in parameters]
+    if any(isinstance(piece.wrapped, DistributedDataParallel) for piece in parallel.pieces):
+        gradients = [parameter for parameter in parameters if parameter.requires_grad]  # its buckets are as large
     return {
-        "gradient_bytes": _bytes([parameter.grad for parameter in parameters]),
+        "gradient_bytes": _bytes(gradients),
         "optimizer_bytes": _bytes(states),
     }
 
@@ -199,7 +208,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--ranks", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "zero.json")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "zero.json")
     for hidden in ("--rank", "--folder"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -228,7 +237,7 @@ def main() -> None:
             print(f"{ranks:5} {each.stage:5} {measured:8.3f} {ours:16.3f} {papers:16.3f} ", end="")
             print(f"{volume:9.3f} {row['volume_formula']:8}")
     record["rows"] = rows
-    save_record(record, options.out)
+    save_record(record, options.output)
 
 
 if __name__ == "__main__":

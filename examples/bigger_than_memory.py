@@ -1,14 +1,16 @@
-"""Train a model whose states are four times the memory that the process may have: the disk carries the rest.
+"""Train a model whose states are more than four times the memory that the process may have: the disk carries the rest.
 
     python examples/bigger_than_memory.py
 
 Trains twice, each time in a process of its own, and compares the losses. The first has what memory it wants. In the
 second the kernel refuses memory beyond a limit (RLIMIT_DATA: all private writable memory, so tensors, buffers, heaps
-and stacks) set a quarter of the model's states above what the process holds with all libraries loaded, before the
-model is made. On a CPU the device's memory is the host's: one limit holds for both together, so neither has more.
+and stacks) set less than a quarter of the model's states above what the process holds with all libraries loaded, before
+the model is made. On a CPU the device's memory is the host's: one limit holds for both together, so neither has more.
 
 What is enforced: the kernel's limit on the whole process; the store's budget of 0 bytes for tensors that rest on the
 host, and its pool of transfer buffers. Not counted: file-backed pages (libraries), and the disk, which is what is used.
+The example fails unless the states are at least 4 times the device's budget and 2 times the host's, the disk holds the
+rest, and the losses are the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from headway.workload.trace import trace
 
 VOCABULARY = 256
 CONTEXT = 32
+DEVICE_RATIO, HOST_RATIO = 4.0, 2.0  # the states are at least so many times what device and host may hold
 
 
 class Block(nn.Module):
@@ -117,19 +120,21 @@ def make(layers: int, channels: int, store: Store | None) -> Parallel:
         parameters_on="device" if store is None else "disk",
         optimizer_on="device" if store is None else "disk",
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     return parallelise(model, optimizer, plan, graph, loss=cross_entropy, store=store, initialise=initialise)
 
 
-def train(layers: int, channels: int, steps: int, store: Store | None) -> list[float]:
+def train(layers: int, channels: int, steps: int, store: Store | None) -> tuple[list[float], float]:
+    """The loss of each step, and the most bytes that rested on the disk."""
     parallel = make(layers, channels, store)
     losses = []
     for step in range(steps):
         loss = parallel.step([batch_of(step)])
         assert loss is not None
         losses.append(loss.item())
+    on_disk = parallel.tier_bytes().get("disk", 0.0)
     parallel.close()
-    return losses
+    return losses, on_disk
 
 
 def open_disk(directory: str, buffer_bytes: int) -> Store:
@@ -143,12 +148,12 @@ def private_bytes() -> int:
 
 
 def restricted(arguments: argparse.Namespace, states_bytes: int) -> dict[str, object]:
-    """Train with no more than a quarter of the states' bytes above what the libraries hold."""
+    """Train with less than a quarter of the states' bytes above what the libraries hold."""
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
         threading.stack_size(2**20)  # the default of 8 MiB for each thread would count in full
         # A tiny model first: threads and compiled functions are there before memory is counted.
         train(2, 64, 2, open_disk(directory, 2**20))
-        budget = states_bytes // 4
+        budget = int(states_bytes / arguments.ratio)
         limit = private_bytes() + budget
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         try:
@@ -158,16 +163,25 @@ def restricted(arguments: argparse.Namespace, states_bytes: int) -> dict[str, ob
         else:
             raise SystemExit("the kernel does not enforce RLIMIT_DATA here")
         started = time.perf_counter()
-        losses = train(arguments.layers, arguments.channels, arguments.steps, open_disk(directory, budget // 8))
+        losses, on_disk = train(
+            arguments.layers, arguments.channels, arguments.steps, open_disk(directory, budget // 8)
+        )
         seconds = time.perf_counter() - started
-    return {"losses": losses, "budget_bytes": budget, "limit_bytes": limit, "seconds": seconds}
+    return {
+        "losses": losses,
+        "budget_bytes": budget,
+        "on_disk_bytes": on_disk,
+        "limit_bytes": limit,
+        "seconds": seconds,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--channels", type=int, default=384)
+    parser.add_argument("--channels", type=int, default=512)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--ratio", type=float, default=4.5, help="states / memory; below 4 the example refuses")
     parser.add_argument("--directory", default=None, help="where the disk tier lies; by default among temporary files")
     parser.add_argument("--role", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -180,7 +194,7 @@ def main() -> None:
         print(json.dumps(restricted(arguments, states_bytes)))
         return
     if arguments.role == "unrestricted":
-        print(json.dumps({"losses": train(arguments.layers, arguments.channels, arguments.steps, None)}))
+        print(json.dumps({"losses": train(arguments.layers, arguments.channels, arguments.steps, None)[0]}))
         return
     outcomes = {}
     for role in ("unrestricted", "restricted"):
@@ -190,13 +204,26 @@ def main() -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
         outcomes[role] = json.loads(done.stdout.splitlines()[-1])
     first, second = outcomes["unrestricted"], outcomes["restricted"]
-    budget = second["budget_bytes"]
-    print(f"{count / 1e6:.1f} M parameters, {states_bytes / 1e6:.0f} MB of states")
-    print(f"limit: {budget / 1e6:.0f} MB for device and host together, {states_bytes / budget:.1f} times less")
+    budget, on_disk = second["budget_bytes"], second["on_disk_bytes"]
+    ratio = states_bytes / budget
+    print(f"{count / 1e6:.1f} M parameters, {states_bytes / 1e6:.0f} MB of states (16 bytes a parameter)")
+    print(f"enforced by the kernel: {budget / 1e6:.0f} MB for device and host together (RLIMIT_DATA)")
+    print(f"states / device budget: {ratio:.2f}  (at least {DEVICE_RATIO:g})")
+    print(f"states / host budget:   {ratio:.2f}  (at least {HOST_RATIO:g})")
+    print(f"on the disk at most:    {on_disk / 1e6:.0f} MB, {on_disk / states_bytes:.0%} of the states")
     print(f"losses without a limit: {first['losses']}")
     print(f"losses within it:       {second['losses']}  ({second['seconds']:.1f} s)")
-    if first["losses"] != second["losses"]:
-        raise SystemExit("the losses differ")
+    failures = [
+        text
+        for failed, text in (
+            (ratio < max(DEVICE_RATIO, HOST_RATIO), "the budget is too large for what is claimed"),
+            (on_disk < states_bytes - budget, "the disk does not hold the rest"),
+            (first["losses"] != second["losses"], "the losses differ"),
+        )
+        if failed
+    ]
+    if failures:
+        raise SystemExit("; ".join(failures))
     print("the same, bit for bit")
 
 

@@ -95,6 +95,19 @@ def test_plan_writes_a_plan_that_predict_reads(tmp_path):
     assert len(prediction["memory"]) == plan.world_size
 
 
+def test_a_refused_export_loses_neither_the_plans_nor_their_page(tmp_path):
+    page = tmp_path / "plan.html"
+    given = ("--cluster", "dgx-a100", "--batch", "64", "--pipeline", "2", "--report", str(page))
+    result = invoke("plan", "gpt2", *given, "--export", "deepspeed")
+    assert result.exit_code == 2
+    assert "deepspeed cannot say" in result.stderr
+    assert "Best plans" in result.stdout
+    written = page.read_text(encoding="utf-8")
+    assert "<h1>gpt2 on dgx-a100</h1>" in written
+    assert written.count("<figure") == 4
+    assert "Left out" in written
+
+
 @pytest.mark.parametrize("goal", ["time", "memory", "cost"])
 def test_plan_pursues_the_goal(goal):
     result = invoke("plan", "gpt2", "--cluster", "dgx-a100", "--batch", "64", "--goal", goal, "--json", "--keep", "3")

@@ -507,3 +507,31 @@ def test_limits_of_this_process_are_as_they_were():
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
     assert disk.BLOCK_BYTES % PAGE_BYTES == 0
     assert Path("/proc/self/fd").exists()
+
+
+def test_no_more_requests_are_in_flight_than_asked_for_though_more_threads_carry_blocks(tmp_path, monkeypatch):
+    """The others compute checksums meanwhile; `threads` is what the disk sees."""
+    block, count = 4096, 2
+    in_flight, most, lock = 0, 0, threading.Lock()
+    write = os.pwritev
+
+    def counted(*arguments):
+        nonlocal in_flight, most
+        with lock:
+            in_flight += 1
+            most = max(most, in_flight)
+        time.sleep(0.002)
+        try:
+            return write(*arguments)
+        finally:
+            with lock:
+                in_flight -= 1
+
+    disk = ScratchDisk(tmp_path, threads=count, block_bytes=block)
+    tensor = disk.create("x", (32 * block,), "uint8", 32 * block)
+    monkeypatch.setattr(os, "pwritev", counted)
+    done = threading.Event()
+    disk.write(tensor, AlignedMemory(32 * block).tensor.numpy(), lambda error: done.set())
+    assert done.wait(20)
+    disk.close()
+    assert most == count

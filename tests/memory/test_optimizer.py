@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headway.errors import InputError
-from headway.memory.optimizer import BLOCK_ELEMENTS, HostOptimizer, _called_root
-from headway.memory.update_kernels import dynamic_codes
+from headway.memory.optimizer import BLOCK_ELEMENTS, HostOptimizer, _mkl_root, _torch_root
+from headway.memory.update_kernels import EXACT_ROOT, HAS_ESTIMATES, NEWTON_ROOT, dynamic_codes, newton_roots
 
 ADAM = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 CHUNK = 4 * BLOCK_ELEMENTS
@@ -266,21 +266,81 @@ def test_narrow_moments_train_nearly_as_well(moments):
 # The square root
 
 
-def test_a_step_leaves_the_threads_of_the_caller_as_they_were():
-    """The square root that torch calls is told to work in one thread; what torch does afterwards is not."""
-    root = _called_root()
-    if root is None:
+def test_a_square_root_that_is_called_gives_torchs_bits_and_leaves_the_threads_of_the_caller():
+    """MKL is told to work in one thread; what torch does afterwards is not. (Where MKL's root can be made, it is not
+    called: here it is.)"""
+    called = _mkl_root()
+    if called is None or _torch_root()[0] == EXACT_ROOT:
         pytest.skip("torch takes the processor's own square root here")
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    generator = torch.Generator().manual_seed(6)
     before = library.MKL_Set_Num_Threads_Local(3)
     try:
-        ours = HostOptimizer("adamw", ADAM, threads=2)
-        ours.step(1, torch.ones(5000), torch.ones(5000), ours.new_states(5000))
-        with root.alone():
+        made, by_call = (HostOptimizer("adamw", ADAM, threads=2) for _ in range(2))
+        by_call._root, by_call._called = called.address, called
+        masters = [torch.ones(5000), torch.ones(5000)]
+        states = [made.new_states(5000), by_call.new_states(5000)]
+        for number in (1, 2, 3):
+            gradient = torch.randn(5000, generator=generator).bfloat16()
+            for ours, master, its in zip((made, by_call), masters, states, strict=True):
+                ours.step(number, gradient, master, its, torch.empty(5000, dtype=torch.bfloat16))
+        assert torch.equal(*masters)
+        with called.alone():
             assert library.MKL_Get_Max_Threads() == 1
     finally:
         assert library.MKL_Set_Num_Threads_Local(before) == 3
-    ours.close()
+    made.close()
+    by_call.close()
+
+
+@pytest.mark.skipif(not HAS_ESTIMATES, reason="this processor estimates no square roots, or numba may not use it")
+@given(exponent=st.integers(1, 254), seed=st.integers(0, 2**32 - 1), count=st.integers(1, 100))
+@settings(deadline=None)
+def test_an_estimate_refined_is_within_three_quarters_of_the_last_place(exponent, seed, count):
+    drawn = np.random.default_rng(seed).integers(0, 1 << 23, count, np.uint32) | np.uint32(exponent << 23)
+    values, made = drawn.view(np.float32), np.empty(count, np.float32)
+    newton_roots(values, made)
+    wanted = np.sqrt(values.astype(np.float64))
+    assert (np.abs(made - wanted) <= 0.7501 * np.spacing(np.nextafter(made, np.float32(0)))).all()
+
+
+def test_the_root_that_is_made_as_mkls_has_torchs_bits_for_every_significand():
+    if _torch_root()[0] != NEWTON_ROOT:
+        pytest.skip("torch takes another square root here")
+    for start in range(126 << 23, 128 << 23, 1 << 20):
+        values = np.arange(start, start + (1 << 20), dtype=np.uint32).view(np.float32)
+        made = np.empty_like(values)
+        newton_roots(values, made)
+        assert np.array_equal(made, torch.from_numpy(values).sqrt().numpy())
+
+
+def test_where_no_estimate_serves_the_root_is_exact():
+    bits = np.array([0, 1, 2, 5000, 0x007FFFFF, 0x00800000, 0x7F7FF001, 0x7F7FFFFF, 0x7F800000, 0x7FC00000], np.uint32)
+    values, made = bits.view(np.float32), np.empty(len(bits), np.float32)
+    newton_roots(values, made)
+    assert np.array_equal(np.delete(made, 5), np.delete(np.sqrt(values), 5), equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_that_are_zero_tiny_or_huge_are_updated_as_by_torch(dtype):
+    """Their roots are no matter of an estimate: some such numbers among others, and blocks without any."""
+    elements, generator = 6000, torch.Generator().manual_seed(5)
+    theirs = torch.nn.Parameter(torch.ones(elements))
+    optimizer = torch.optim.AdamW([theirs], **ADAM, foreach=False, fused=False)
+    ours, master = HostOptimizer.for_torch(optimizer, optimizer.param_groups[0], threads=1), torch.ones(elements)
+    states = ours.new_states(elements)
+    out = torch.empty(elements, dtype=torch.bfloat16)
+    for number in range(1, 4):
+        gradient = torch.randn(elements, generator=generator)
+        gradient[:3000:3] = 0.0
+        gradient[100:200] *= 1e-20
+        gradient[4000:4003] = torch.tensor([1e20, 5.8e20, -1e19])
+        gradient = gradient.to(dtype)
+        theirs.grad = gradient.float()
+        optimizer.step()
+        ours.step(number, gradient, master, states, out)
+        assert torch.equal(master, theirs.detach())
+        assert torch.equal(out, theirs.detach().bfloat16())
 
 
 def test_off_the_cpu_the_arithmetic_is_that_of_a_square_root_rounded_correctly():

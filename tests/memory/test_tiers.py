@@ -8,12 +8,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from headway.errors import DoesNotFitError, FileError, InputError, StalledError
 from headway.memory.tiers import UNLIMITED_BYTES, Store, held_bytes
@@ -428,6 +430,54 @@ def test_prefetching_takes_no_more_than_what_is_free_and_gives_way_to_reads(tmp_
         buffer = store.read("5").wait()  # would wait for ever, did the prefetched not give way
         assert torch.equal(buffer, numbers(BLOCK // 4, seed=5))
         assert torch.equal(store.read("0", torch.empty(BLOCK // 4)).wait(), numbers(BLOCK // 4, seed=0))
+
+
+def test_what_was_still_on_its_way_when_somebody_began_to_wait_gives_way_when_it_is_there(region):
+    with Store(remote=region, buffer_bytes=2 * BLOCK, wait_seconds=5) as store:
+        for i in range(2):
+            store.write(f"{i}", numbers(BLOCK // 4, seed=i), "remote").wait()
+        region.gate.clear()
+        for i in range(2):
+            store.prefetch(f"{i}")
+        found = []
+        waiting = threading.Thread(target=lambda: found.append(store.pool.acquire(BLOCK, "a test")))
+        waiting.start()
+        waiting.join(0.2)
+        assert waiting.is_alive()
+        region.gate.set()
+        waiting.join(4)
+        assert len(found) == 1
+        store.pool.release(found[0])
+        assert torch.equal(store.read("1", torch.empty(BLOCK // 4)).wait(), numbers(BLOCK // 4, seed=1))
+
+
+@pytest.mark.parametrize("tier", ["host", "remote", "disk"])
+def test_what_has_been_carried_is_let_go_although_the_threads_have_nothing_else_to_do(store, tier):
+    tensor = numbers(BLOCK)
+    storage = StorageWeakRef(tensor.untyped_storage())
+    store.write("x", tensor, tier).wait()
+    store.flush()
+    del tensor
+    end = time.monotonic() + 5  # the thread that carried it may still be on its last line
+    while not storage.expired() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert storage.expired()
+
+
+# What outlasts a store
+
+
+def test_a_persistent_store_leaves_its_tensors_in_remote_memory_and_another_takes_them_over(region):
+    with Store(remote=region, persistent=True) as store:
+        store.write("x", numbers(10), "remote").wait()
+    with Store(remote=region) as store:
+        store.adopt("x", (10,), torch.float32)
+        assert torch.equal(store.read("x", torch.empty(10)).wait(), numbers(10))
+        with pytest.raises(InputError, match="already"):
+            store.adopt("x", (10,), torch.float32)
+    assert region.held == {}  # this one was not persistent
+    with pytest.raises(InputError, match="directory"):
+        Store(persistent=True)
 
 
 # Failure

@@ -145,6 +145,17 @@ def test_a_deepspeed_file_is_read_without_its_model(tmp_path: Path) -> None:
         read.plan(graph, [f"gpu{at}" for at in range(16)])
 
 
+@pytest.mark.parametrize(("steps", "micro_batch"), [(0, 8), (2, 4)])
+def test_a_micro_batch_that_deepspeed_would_derive_is_derived(steps: int, micro_batch: int) -> None:
+    config = {key: value for key, value in CONFIG.items() if key != "train_micro_batch_size_per_gpu"}
+    text = json.dumps({**config, "train_batch_size": 32, "gradient_accumulation_steps": steps})
+    graph = transformer(read_megatron(SCRIPT).shape)  # type: ignore[arg-type]
+    plan = read_deepspeed(text).plan(graph, [f"gpu{number}" for number in range(4)])
+    assert (plan.micro_batch, plan.data, plan.global_batch) == (micro_batch, 4, 32)
+    with pytest.raises(PlanError, match="32 samples are not"):
+        read_deepspeed(text).plan(graph, [f"gpu{number}" for number in range(3)])
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

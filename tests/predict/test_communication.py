@@ -20,6 +20,7 @@ from headway.predict.communication import (
     all_reduce_seconds,
     broadcast_seconds,
     reduce_scatter_seconds,
+    reduce_seconds,
     send_seconds,
 )
 
@@ -38,7 +39,14 @@ CHANNELS = st.builds(
     scale_send=st.floats(0.1, 10),
     known=st.none(),
 )
-ALL = [all_reduce_seconds, all_gather_seconds, reduce_scatter_seconds, broadcast_seconds, send_seconds]
+ALL = [
+    all_reduce_seconds,
+    all_gather_seconds,
+    reduce_scatter_seconds,
+    reduce_seconds,
+    broadcast_seconds,
+    send_seconds,
+]
 
 
 def names(cluster: Cluster) -> tuple[str, ...]:
@@ -54,6 +62,13 @@ def test_all_gather_and_reduce_scatter_are_halves_of_a_ring_all_reduce():
     channel = Channel(size=8, latency_seconds=1e-5, bytes_per_second=1e9)
     halves = all_gather_seconds(1e9, channel) + reduce_scatter_seconds(1e9, channel)
     assert halves == pytest.approx(all_reduce_seconds(1e9, channel))
+
+
+def test_reducing_to_one_member_is_a_broadcast_backwards_and_in_gloo_a_reduce_scatter_and_a_gather():
+    channel = Channel(size=8, latency_seconds=1e-5, bytes_per_second=1e9)
+    assert reduce_seconds(1e8, channel) == broadcast_seconds(1e8, channel)
+    gloo = channel._replace(backend="gloo")
+    assert reduce_seconds(1e8, gloo) == pytest.approx(8e-5 + 2 * 7 / 8 * 1e8 / 1e9)
 
 
 def test_a_large_group_reduces_small_messages_along_trees():

@@ -241,9 +241,48 @@ def test_what_rests_elsewhere_takes_room_for_two_layers_only(tier):
     staged = away.communication_bytes - here.communication_bytes
     largest = max(Sizes(graph).parameters(at, at + 1, WHOLE).elements for at in range(34))
     one = Sizes(graph).activations(0, 34, tuple(range(1, 33)), 1, WHOLE, "bfloat16", (), KEEPING).largest_kept
-    # Parameters in 16 bits and activations; the host makes the update, so no optimizer state comes here.
-    assert staged == pytest.approx(2 * largest * 2 + 2 * one)
+    # Parameters in 16 bits; the host makes the update, so no optimizer state comes here.
+    assert staged == pytest.approx(2 * largest * 2)
+    # Of the 32 layers' activations two come back at a time, which need not be where the peak was before; 4 % on top
+    # is what the allocator cannot use.
+    unused = 0.04 * (here.allocator_bytes - away.allocator_bytes) / 1.04
+    less = here.activations_bytes + here.workspace_bytes - away.activations_bytes - away.workspace_bytes - unused
+    assert 15 * one < less <= 30.01 * one
     assert away.total_bytes < 0.6 * here.total_bytes
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    away=st.sets(st.integers(0, 7), max_size=8),
+    again=st.sets(st.integers(0, 7), max_size=8),
+    samples=st.integers(1, 3),
+)
+def test_activations_that_are_away_come_back_one_layer_ahead(make, away, again, samples):
+    """Against a walk of its own: backward, layer by layer, with the next swapped layer's activations there as well."""
+    graph = make.graph(layers=8)
+    sizes, count = Sizes(graph), len(graph.layers)
+    recompute = tuple(sorted(again))
+    layers = tuple(sorted(at for at in away if at < count - 1))
+    found = sizes.activations(0, count, recompute, samples, WHOLE, "float32", away=layers)
+    own, above, gradients = [], [], []
+    for at in range(count):
+        one = sizes.activations(at, at + 1, tuple({at} & again), samples, WHOLE, "float32")
+        own.append(one.kept - one.loss)
+        above.append(one.peak - one.kept)
+        gradients.append(sizes.parameters(at, at + 1, WHOLE).trainable_bytes)
+    loss = sizes.activations(count - 1, count, (), samples, WHOLE, "float32").loss
+    most = with_gradients = 0.0
+    for at in reversed(range(count)):
+        resting = sum(own[layer] for layer in range(at + 1) if layer not in layers)
+        back = [layer for layer in layers if layer <= at][-2:] if at in layers else []
+        if at not in layers and any(layer > at for layer in layers):
+            back = [layer for layer in layers if layer < at][-1:]
+        there = resting + sum(own[layer] for layer in back) + above[at] + (loss if at == count - 1 else 0.0)
+        most = max(most, there)
+        with_gradients = max(with_gradients, there + sum(gradients[at:]))
+    assert found.kept == pytest.approx(sum(own[at] for at in range(count) if at not in layers) + loss)
+    assert found.peak == pytest.approx(max(most, found.kept))
+    assert found.peak_with_gradients == pytest.approx(max(with_gradients, found.kept))
 
 
 # -- ranks ------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from headway.plan.plan import Plan, Stage
 from headway.predict import Predictor
 from headway.predict import communication as comm
 from headway.predict.parts import Exchange, StageParts
+from headway.predict.replicas import to_owners_seconds
 from headway.predict.stage import hidden_behind
 from headway.workload.graph import Recipe, Workload
 from headway.workload.transformer import TransformerShape, transformer
@@ -250,6 +251,29 @@ def test_the_distributed_optimizer_scatters_gradients_and_gathers_parameters():
     assert divided.after == pytest.approx(comm.all_gather_seconds(2 * elements, channel))
     assert plain.gradients == pytest.approx(comm.all_reduce_seconds(4 * elements, channel))
     assert divided.update < plain.update
+
+
+@pytest.mark.parametrize("data", [2, 8])
+def test_zero_1_moves_each_gradient_to_its_owner_once_and_each_parameter_back_once(data):
+    # Rajbhandari et al. (SC 2020), section 7: 2P elements, as many as an all-reduce of the gradients.
+    cluster = preset("dgx-a100")
+    own = predictor(DENSE, cluster)
+    plan = plan_for(DENSE, cluster, data=data, zero_stage=1, overlap=False)
+    found = own.parts(plan).ranks[0]
+    channel = own.stages.channels_of(plan)[0].replicas
+    moved = 4 * DENSE.parameter_count
+    owners = data * comm.reduce_seconds(moved / data, channel)
+    assert found.gradients == pytest.approx(owners)
+    assert found.after == pytest.approx(data * comm.broadcast_seconds(moved / data, channel))
+
+
+def test_a_bucket_of_few_tensors_is_reduced_to_few_owners():
+    cluster = preset("dgx-a100")
+    own = predictor(DENSE, cluster)
+    plan = plan_for(DENSE, cluster, data=8, zero_stage=1, overlap=False)
+    channel = own.stages.channels_of(plan)[0].replicas
+    assert to_owners_seconds(1e6, channel, tensor_bytes=4e5) == pytest.approx(3 * comm.reduce_seconds(1e6 / 3, channel))
+    assert to_owners_seconds(1e6, channel, tensor_bytes=1e7) == pytest.approx(comm.reduce_seconds(1e6, channel))
 
 
 @settings(max_examples=20, deadline=None)

@@ -107,7 +107,8 @@ def test_capacity_is_respected_every_job_ends_and_its_times_add_up(name, data):
         name, data.draw(st.sampled_from(PLACES)), overhead=data.draw(overheads),
         patience=data.draw(st.sampled_from([math.inf, 200.0])),
     )  # fmt: skip
-    outcome = Player(jobs, machine, watch=check, keep_segments=True).run()
+    # Far longer than any needs: who only ever stop each other would be played for ever.
+    outcome = Player(jobs, machine, watch=check, keep_segments=True).until(100_000).outcome()
     assert len(outcome.finished) == len(jobs)
     for job, found in zip(jobs, outcome.jobs, strict=True):
         parts = found.run_seconds + found.wait_seconds + found.overhead_seconds

@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 
 from headway.errors import ClusterError, FieldError, InputError
+from headway.schedule.job import Job
 from headway.schedule.pace import Overhead
+from headway.schedule.placement.prediction import predict_placement_cost
+from headway.schedule.placement.profiles import model_profile
 from headway.schedule.study import Case, cases_of, find_fleet, play_cases, vary
 from headway.schedule.summary import Summary
+from headway.schedule.traces.read import Trace
 from headway.schedule.traces.synthetic import synthesize
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "scheduling" / "tiresias"
@@ -94,3 +98,27 @@ def test_ray_gives_what_this_process_gives():
     here = play_cases(cases, {0: BASE}, FLEET, workers=1)
     there = play_cases(cases, {0: BASE}, FLEET, backend="ray")
     assert [plain(each.summary) for each in here] == [plain(each.summary) for each in there]
+
+
+def test_a_case_says_what_places_cost_the_models_that_are_known():
+    """Four workers of AlexNet on two nodes: predicted, by the published factor (0.81), or for nothing."""
+    jobs = [Job(name="a", submit_seconds=0.0, devices=4, duration_seconds=100.0, model="alexnet")]
+    # First fit: one of six devices leaves half of the second node.
+    first = Job(name="first", submit_seconds=0.0, devices=6, duration_seconds=1e4, model="mine")
+    trace = Trace(name="t", format="headway", jobs=(first, *jobs))
+    fleet = find_fleet("n3g4")
+    profiles = {"alexnet": model_profile("alexnet")}
+    cost = predict_placement_cost(fleet, ["alexnet"])
+    assert cost is not None
+    expected = {
+        "parameter-server": 100 * cost.slowdown("alexnet", [1, 2], [2, 2]), "published": 100 / 0.81, "none": 100.0,
+    }  # fmt: skip
+    for name, seconds in expected.items():
+        for engine in ("fast", "pure"):
+            case = Case(policy="fifo", placement="first-fit", placement_cost=name, engine=engine)
+            (played,) = play_cases([case], {0: trace}, fleet, profiles=profiles, workers=1)
+            assert played.replay.finish[-1] == pytest.approx(seconds)
+            (unknown,) = play_cases([case], {0: trace}, fleet, workers=1)
+            assert unknown.replay.finish[-1] == 100
+    with pytest.raises(InputError, match="no placement cost 'free'"):
+        play_cases([Case(policy="fifo", placement_cost="free")], {0: trace}, fleet, workers=1)

@@ -213,6 +213,8 @@ def train_under_plan(case: Case) -> Outcome:
         from headway.train.checkpoint import load
 
         load(Path(case.load), parallel)
+    # Pieces under way are few in a store because all its stages share them.
+    assert len({id(infinity._staging) for infinity in parallel.infinities}) <= 1
     outcome = Outcome()
     _, replica, _ = plan.coordinates(rank)
     share = case.batch // plan.data

@@ -17,11 +17,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headway.errors import CheckpointError, FileError, InputError, Interrupted, PlanError, RankFailedError, TraceError
+from headway.errors import (
+    CheckpointError,
+    FileError,
+    InputError,
+    Interrupted,
+    PlanError,
+    RankFailedError,
+    RunError,
+    TraceError,
+)
 from headway.hardware.cluster import Accelerator, Cluster, Device
 from headway.plan.plan import Plan, Stage, single_device_plan
 from headway.train import launch as launching
 from headway.train.launch import StopRequests, launch, supervise, trace_script
+from headway.train.newest_checkpoint import NewestCheckpoint
 from headway.train.processes import Event, Exit, Occurrence, Output
 from headway.workload.graph import Graph, Workload
 
@@ -386,6 +396,34 @@ def test_a_rank_that_raises_is_named_with_its_line_and_the_others_end(run):
     assert "headway/train/worker.py" not in error["traceback"]
     # The kernel reaps what the rank had started a moment after the rank itself.
     wait_until(lambda: len(run.pids()) == 3 and not any(map(is_alive, run.pids())), 5, "ranks and their children gone")
+
+
+@pytest.mark.processes
+def test_a_killed_rank_is_started_again_and_one_that_raises_is_not(run):
+    killed = """
+        import os, pathlib, signal
+        tried = pathlib.Path(__file__).parent / "tried"
+        if not tried.exists():
+            tried.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        """
+    run.launch(killed, ranks=1, restarts=1)
+    assert [event["attempt"] for event in run.events if event["event"] == "restart"] == [1]
+    run.events.clear()
+    with pytest.raises(RankFailedError, match="ValueError: boom"):
+        run.launch("raise ValueError('boom')", ranks=1, restarts=3)
+    assert not [event for event in run.events if event["event"] == "restart"]
+
+
+@pytest.mark.processes
+def test_a_lost_checkpoint_does_not_hide_which_rank_died(run, monkeypatch):
+    def gone(_newest):
+        raise RunError("the memory node is gone")
+
+    monkeypatch.setattr(NewestCheckpoint, "variables", gone)
+    with pytest.raises(RankFailedError, match="rank 0 was killed by SIGKILL") as caught:
+        run.launch("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", ranks=1, restarts=1)
+    assert "the memory node is gone" in caught.value.__notes__[0]
 
 
 @pytest.mark.processes

@@ -186,11 +186,22 @@ def test_a_gpt_with_tied_weights_learns_the_same_divided_in_two_ways(
     assert_learns_the_same(Case("gpt", make_plan("gpt", exchange=exchange, **fields), graph_of("gpt"), steps=2), pools)
 
 
-def test_a_tied_parameter_on_two_stages_of_one_rank_learns_the_same(pools: Pools) -> None:
-    # Blocks 0 and 2 have a weight in common, and stages 0 and 2 are both on pipeline rank 0.
-    plan = make_plan("shared", cuts=(1, 2, 3), data=2, pipeline=2, schedule="interleaved", micro_batch=1)
+@pytest.mark.parametrize("zero", [0, 1])
+def test_a_tied_parameter_on_two_stages_of_one_rank_learns_the_same(pools: Pools, zero: int) -> None:
+    # Blocks 0 and 2 have a weight in common, and stages 0 and 2 are both on pipeline rank 0. Under ZeRO-1 the copies
+    # have an owner each, which may be two.
+    plan = make_plan(
+        "shared", cuts=(1, 2, 3), data=2, pipeline=2, schedule="interleaved", micro_batch=1, zero_stage=zero
+    )
     assert plan.stages_of(0) == (0, 2)
     assert_learns_the_same(Case("shared", plan, graph_of("shared"), steps=2), pools)
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_replicas_of_a_model_that_was_not_traced_learn_the_same(pools: Pools, zero: int) -> None:
+    # DDP wraps it after the first backward pass, which reduces by hand.
+    plan = make_plan("mlp", data=2, zero_stage=zero)
+    assert_learns_the_same(Case("mlp", plan, None, steps=3), pools)
 
 
 @pytest.mark.parametrize(
@@ -204,8 +215,14 @@ def test_a_llama_of_transformers_learns_the_same(pools: Pools, fields: dict[str,
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"data": 2, "zero_stage": 2}, {"pipeline": 2, "schedule": "gpipe"}, {"tensor": 2}],
-    ids=["one device", "ZeRO-2", "pipeline", "tensor"],
+    [
+        {},
+        {"data": 2, "zero_stage": 1},
+        {"data": 2, "zero_stage": 2},
+        {"pipeline": 2, "schedule": "gpipe"},
+        {"tensor": 2},
+    ],
+    ids=["one device", "ZeRO-1", "ZeRO-2", "pipeline", "tensor"],
 )
 def test_bfloat16_is_the_autocast_of_one_process(pools: Pools, fields: dict[str, Any]) -> None:
     inputs, targets = make_batch("gpt", 2, 0)

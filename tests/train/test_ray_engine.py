@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import textwrap
 import time
@@ -333,3 +334,14 @@ def test_local_ranks_see_the_gpus_of_their_neighbours_in_order(tmp_path):
     assert (second["CUDA_VISIBLE_DEVICES"], second["LOCAL_RANK"]) == ("3,1", "1")
     assert (third["CUDA_VISIBLE_DEVICES"], third["LOCAL_RANK"], third["GROUP_RANK"]) == ("0", "0", "1")
     assert first["OMP_NUM_THREADS"] == "2"
+
+
+def test_a_port_that_somebody_listens_on_at_one_address_is_not_given_to_the_rendezvous(monkeypatch) -> None:
+    host = ray_engine.Host.__new__(ray_engine.Host)
+    first = host.free_port()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", first))
+        listener.listen()
+        offers = iter([first - 20_000, *range(12_000)])
+        monkeypatch.setattr(ray_engine.secrets, "randbelow", lambda _: next(offers))
+        assert host.free_port() != first

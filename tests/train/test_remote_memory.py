@@ -20,6 +20,7 @@ from headway.errors import DoesNotFitError, FieldError, RankFailedError
 from headway.memory.remote_shared import is_supported
 from headway.plan.plan import Plan, Stage
 from headway.train import remote_memory
+from headway.train.infinity_homes import piece_bytes
 from headway.train.launch import launch
 from headway.train.remote_memory import VARIABLE, attach, memory_node, region_size
 from headway.workload.graph import Workload
@@ -57,7 +58,7 @@ def workload() -> Workload:
 def plan_of(**fields) -> Plan:
     layers = len(workload().graph.layers)
     given = {"data": 2, "micro_batch": 4, "stages": (Stage(start=0, stop=layers),), **fields}
-    return Plan(model="m", devices=("a", "b"), global_batch=8, **given)
+    return Plan(model="m", global_batch=8, **{"devices": ("a", "b"), **given})
 
 
 def prepare(folder: Path, plan: Plan) -> Path:
@@ -229,6 +230,18 @@ def test_the_region_has_room_for_what_the_ranks_keep(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("HEADWAY_REMOTE_BYTES", "a lot")
     with pytest.raises(FieldError, match="no number of bytes"):
         region_size(plan, workload(), [0])
+
+
+def test_the_region_has_a_name_for_each_piece_however_small_the_buffers_make_them(monkeypatch) -> None:
+    model = nn.Linear(1024, 1024)
+    graph = trace(model, torch.randn(2, 1024), name="m", loss=nn.functional.mse_loss, target=torch.randn(2, 1024))
+    monkeypatch.setenv("HEADWAY_BUFFER_BYTES", str(2**17))
+    plan = Plan(
+        model="m", global_batch=2, micro_batch=2, devices=("a",), parameters_on="remote", optimizer_on="host",
+        stages=(Stage(start=0, stop=len(graph.layers)),),
+    )  # fmt: skip
+    _, slots = region_size(plan, Workload(graph=graph, global_batch=2), [0])
+    assert slots >= 4 * 1024 * 1025 / piece_bytes(2**17, "remote")
 
 
 def test_too_little_memory_for_the_node_names_the_field(monkeypatch: pytest.MonkeyPatch) -> None:

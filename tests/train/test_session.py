@@ -50,6 +50,17 @@ SCRIPT = textwrap.dedent("""
 """)
 
 
+RESIDUAL = textwrap.dedent("""
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x):
+            return x + self.down(torch.tanh(self.up(x)))
+""")
+
+
 @pytest.fixture(scope="module")
 def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("script") / "train.py"
@@ -180,6 +191,29 @@ def test_a_run_under_a_plan_leaves_what_was_measured(script: Path, workload: Pat
     names = {event["name"] for event in events}
     assert {"forward 0 (stage 0)", "backward 3 (stage 1)", "update"} <= names
     assert (tmp_path / "run" / "checkpoint" / "latest").read_text().strip() == "step-6"
+
+
+@pytest.mark.processes
+def test_memory_is_counted_where_tensor_parallel_parameters_rest_off_the_device(tmp_path: Path) -> None:
+    block = "Residual() for _ in range(3)"
+    script = tmp_path / "train.py"
+    script.write_text(
+        SCRIPT.replace("nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)", block).replace(
+            "torch.manual_seed(0)\n", f"torch.manual_seed(0)\n{RESIDUAL}"
+        )
+    )
+    assert block in script.read_text()
+    sharding = {f"{at}.{name}": style for at in range(3) for name, style in (("up", "column"), ("down", "row"))}
+    Plan(
+        model="m", devices=("a", "b"), global_batch=8, micro_batch=8, tensor=2, parameters_on="host",
+        tensor_sharding=sharding, stages=(Stage(start=0, stop=4),),
+    ).save(tmp_path / "plan.json")  # fmt: skip
+    ranks = start_ranks(script, tmp_path / "plan.json", tmp_path, 4, 0)
+    printed = [rank.communicate(timeout=90) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], printed
+    measured = json.loads((tmp_path / "run" / "measured.json").read_text())
+    assert min(measured["peak_bytes"]) > 0
+    assert min(tiers["host"] for tiers in measured["tier_bytes"]) > 0
 
 
 @pytest.mark.processes

@@ -36,6 +36,15 @@ class Variation(enum.StrEnum):
     jitter = "jitter"
 
 
+class PlacementCostOption(enum.StrEnum):
+    """What being on several nodes costs a job."""
+
+    parameter_server = "parameter-server"
+    all_reduce = "all-reduce"
+    published = "published"
+    none = "none"
+
+
 class SimulationEngine(enum.StrEnum):
     """What plays the trace."""
 
@@ -85,7 +94,8 @@ def simulate_cluster(
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many jobs.")] = None,
     throughputs: Annotated[
-        Path | None, typer.Option("--throughputs", help="Gavel's table of steps per second, for its traces.")
+        Path | None,
+        typer.Option("--throughputs", help="Gavel's table of steps per second: for its traces, and Gandiva's pairs."),
     ] = None,
     history: Annotated[
         Path | None,
@@ -113,9 +123,10 @@ def simulate_cluster(
     storage: Annotated[
         str | None, typer.Option("--storage", help="Bandwidth by which known models are saved and restored: `1GB/s`.")
     ] = None,
-    spread: Annotated[
-        bool, typer.Option("--spread/--no-spread", help="Jobs on more nodes than needed run slower, by their model.")
-    ] = True,
+    placement_cost: Annotated[
+        PlacementCostOption,
+        typer.Option("--placement-cost", help="Of known models on several nodes: predicted, a published factor, none."),
+    ] = PlacementCostOption.parameter_server,
     engine: Annotated[
         SimulationEngine, typer.Option("--engine", help="Compiled where it can, always, never; or many on Ray.")
     ] = SimulationEngine.auto,
@@ -134,9 +145,10 @@ def simulate_cluster(
     from headway.report.schedule import StudyProgress, describe_load, schedule_tables, write_schedule_report
     from headway.report.terminal import Terminal
     from headway.schedule.pace import Overhead
+    from headway.schedule.placement.pairs import read_pairs
     from headway.schedule.placement.profiles import model_profiles
     from headway.schedule.policies.gittins import read_history
-    from headway.schedule.study import Case, cases_of, find_fleet, play_cases
+    from headway.schedule.study import Case, cases_of, find_machines, play_cases
     from headway.schedule.study import vary as varied
     from headway.schedule.summary import write_csv
     from headway.schedule.traces.read import read_trace
@@ -146,7 +158,7 @@ def simulate_cluster(
     terminal = Terminal()
     if (trace is None) == (synthetic is None):
         raise InputError("give a trace or --synthetic, one of both", place="simulate cluster")
-    fleet = find_fleet(cluster)
+    fleet, machines = find_machines(cluster)
     numbers = list(range(seed, seed + seeds))
     if trace is not None:
         base = read_trace(
@@ -188,8 +200,13 @@ def simulate_cluster(
             storage_bytes_per_second=parse_bandwidth(storage) if storage else 0.0,
         ),
         engine="auto" if engine is SimulationEngine.ray else engine.value,
-        spread=spread, keep=report is not None,
+        placement_cost=placement_cost.value, keep=report is not None,
     )  # fmt: skip
+    pairs = None
+    beside = trace.parent / "simulation_throughputs.json" if trace is not None and base.format == "gavel" else None
+    measured = throughputs or beside
+    if "gandiva" in policies and measured:
+        pairs = read_pairs(measured)
     cases = cases_of(policies, _words(placement), numbers, pattern)
     demand = describe_load(base.load(fleet.devices), base.span_seconds)
     terminal.stage(f"{len(base.jobs):,} jobs of {base.name} on {fleet.devices:,} devices of {fleet.name}: {demand}")
@@ -198,6 +215,7 @@ def simulate_cluster(
         played = play_cases(
             cases, traces, fleet, profiles=model_profiles(), history=past, workers=workers,
             backend="ray" if engine is SimulationEngine.ray else "processes", progress=progress.step,
+            cluster=machines, pairs=pairs,
         )  # fmt: skip
     summaries = [each.summary for each in played]
     files: list[Path] = []

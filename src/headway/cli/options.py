@@ -35,13 +35,8 @@ __all__ = [
     "PlanFile",
     "Precision",
     "PrecisionOption",
-    "ProfileCluster",
-    "ProfileDevice",
-    "ProfileFile",
-    "ProfileSource",
     "Recompute",
     "RecomputeOption",
-    "ScaleProfile",
     "Schedule",
     "ScheduleOption",
     "Seed",
@@ -49,12 +44,9 @@ __all__ = [
     "SequenceParallel",
     "Target",
     "Tensor",
-    "Timing",
-    "TimingOption",
     "WhatIf",
     "Zero",
     "constraints_of",
-    "measured_of",
 ]
 
 
@@ -108,15 +100,6 @@ class Method(enum.StrEnum):
     heterogeneous = "heterogeneous"
     mcmc = "mcmc"
     gradient = "gradient"
-
-
-class Timing(enum.StrEnum):
-    """How operators and collectives are timed (`predict.timing`)."""
-
-    catalog = "catalog"
-    interpolated = "interpolated"
-    linear = "linear"
-    learned = "learned"
 
 
 class Framework(enum.StrEnum):
@@ -206,25 +189,6 @@ WhatIf = Annotated[
     str | None,
     typer.Option("--what-if", help="Change the machines: `network=400Gb/s,memory=141GB`, `flops=2x`."),
 ]
-TimingOption = Annotated[
-    Timing | None,
-    typer.Option("--timing", help="How operators and collectives are timed; with --profile: learned."),
-]
-ProfileFile = Annotated[
-    Path | None,
-    typer.Option("--profile", help="Measured times: a database, or a .csv or .json file (docs/profile.md)."),
-]
-ProfileDevice = Annotated[
-    str | None, typer.Option("--profile-device", help="Whose times, where the file has several devices'.")
-]
-ProfileSource = Annotated[str | None, typer.Option("--profile-source", help="Who measured them, where several did.")]
-ScaleProfile = Annotated[
-    bool, typer.Option("--scale-profile", help="Take another device's times, scaled by what both can do.")
-]
-ProfileCluster = Annotated[
-    str | None,
-    typer.Option("--profile-cluster", help="The machines that were measured: with it collectives are scaled too."),
-]
 PlanFile = Annotated[Path, typer.Option("--plan", "-p", help="The plan, as JSON or YAML.")]
 
 # Everything after the script that is no option of Headway's is the script's own.
@@ -241,19 +205,3 @@ def constraints_of(runnable: bool, **given: Any) -> Any:
         if plain is not None and (name != "recompute" or plain != "any"):
             fields["zero_stage" if name == "zero" else name] = plain
     return Constraints(**fields)
-
-
-def measured_of(
-    cluster: Any, profile: Path | None, timing: Timing | None, device: str | None, source: str | None, scale: bool,
-    origin: str | None,
-) -> Any:  # fmt: skip
-    """The measured times that the options name, for the devices of `cluster`; None where they name none."""
-    from headway.hardware.catalog import load_cluster
-    from headway.predict.measured import measured_times
-
-    if profile is None and timing is None:
-        return None
-    return measured_times(
-        profile, cluster, way=timing.value if timing is not None else "learned", device=device, source=source,
-        scale=scale, origin=load_cluster(origin) if origin is not None else None,
-    )  # fmt: skip

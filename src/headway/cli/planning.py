@@ -10,6 +10,7 @@ import msgspec
 import typer
 
 from headway.cli.application import app, print_json, verb
+from headway.cli.measured_times import Times, formulas_only, with_measured_times
 from headway.cli.options import (
     JSON,
     SCRIPT,
@@ -34,27 +35,20 @@ from headway.cli.options import (
     Pipeline,
     PlanFile,
     PrecisionOption,
-    ProfileCluster,
-    ProfileDevice,
-    ProfileFile,
-    ProfileSource,
     Recompute,
     RecomputeOption,
-    ScaleProfile,
     ScheduleOption,
     Seed,
     Sequence,
     SequenceParallel,
     Target,
     Tensor,
-    TimingOption,
     WhatIf,
     Zero,
     constraints_of,
-    measured_of,
 )
 
-__all__ = ["traced"]
+__all__ = ["predictor_of", "traced"]
 
 
 @app.command(context_settings=SCRIPT)
@@ -104,8 +98,35 @@ def traced(
     return terminal, workload
 
 
+def predictor_of(
+    plan: Path, target: str, arguments: list[str], *, cluster: str, batch: int | None, sequence: int | None,
+    times: Times,
+) -> tuple[Any, Any, Any]:  # fmt: skip
+    """(terminal, plan, predictor): the plan of a file checked against the target and the machines that are named.
+
+    Operators are timed on this machine where it is the cluster and no measured times were named.
+    """
+    from headway.plan.plan import Plan
+    from headway.predict.step import Predictor
+    from headway.train.run import find_cluster, measure_operators
+
+    chosen = Plan.load(plan).validate(place=str(plan))
+    terminal, workload = traced(target, arguments, batch or chosen.global_batch, sequence, chosen.precision)
+    devices = chosen.world_size if cluster == "local" else None
+    machines = find_cluster(cluster, devices, progress=terminal.stage, exchange=chosen.exchange)
+    chosen.validate(workload.graph, machines, place=str(plan))
+    measured = times(machines)
+    replayed = None
+    if measured is None:
+        replayed = measure_operators(
+            workload, machines, micro_batches=[chosen.micro_batch], degrees=sorted({1, chosen.tensor})
+        )
+    return terminal, chosen, Predictor(workload, machines, replayed, measured=measured)
+
+
 @app.command(context_settings=SCRIPT)
 @verb
+@with_measured_times
 def plan(
     context: typer.Context,
     target: Target,
@@ -132,12 +153,7 @@ def plan(
     budget: Budget = None,
     seed: Seed = 0,
     what_if: WhatIf = None,
-    profile: ProfileFile = None,
-    timing: TimingOption = None,
-    profile_device: ProfileDevice = None,
-    profile_source: ProfileSource = None,
-    scale_profile: ScaleProfile = False,
-    profile_cluster: ProfileCluster = None,
+    times: Times = formulas_only,
     runnable: Annotated[
         bool | None,
         typer.Option("--runnable/--any", help="Only plans that `headway run` carries out; so for `local`."),
@@ -172,7 +188,7 @@ def plan(
     terminal, workload = traced(target, context.args, batch, sequence, precision.value if precision else None)
     machines = find_cluster(cluster, devices, progress=terminal.stage, exchange=exchange.value)
     changed = change(machines, what_if) if what_if is not None else None
-    measured = measured_of(machines, profile, timing, profile_device, profile_source, scale_profile, profile_cluster)
+    measured = times(machines)
     terminal.stage(f"Searching plans for {len(machines)} devices")
     search: dict[str, Any] = {
         "goal": goal.value, "constraints": constraints, "devices": devices, "keep": keep, "method": method.value,
@@ -182,12 +198,6 @@ def plan(
     best = ranking.best[0]
     if output is not None:
         best.plan.save(output)
-    said = None
-    if export is not None:
-        per_node = max(len(positions) for positions in machines.nodes.values())
-        plans = [candidate.plan for candidate in ranking.best]
-        said = say_first(plans, workload.graph, export.value, devices_per_node=per_node)
-        write_exported(said, export_to)
     if report is not None:
         from headway.predict.step import Predictor
         from headway.report.plan_page import write_plan_report
@@ -196,11 +206,25 @@ def plan(
         if precision is not None:
             workload = msgspec.structs.replace(workload, precision=precision.value)
         write_plan_report(report, ranking, Predictor(workload, machines, replayed, measured=measured))
-    other = None
+    other, before = None, ranking
     if changed is not None:
         terminal.stage(f"Searching plans for {changed.name}")
         other, _ = plan_workload(workload, changed, **search)
+        if measured is not None:  # what was measured does not follow machines that change: formulas on both sides
+            before, _ = plan_workload(workload, machines, **search)
+
+    def exported() -> Any:
+        """The first of the best plans that the framework can say, written down; raises PlanError if it can say none."""
+        if export is None:
+            return None
+        per_node = max(len(positions) for positions in machines.nodes.values())
+        plans = [candidate.plan for candidate in ranking.best]
+        said = say_first(plans, workload.graph, export.value, devices_per_node=per_node)
+        write_exported(said, export_to)
+        return said
+
     if json:
+        said = exported()
         answer = msgspec.to_builtins(ranking)
         if measured is not None:
             answer["times"] = msgspec.to_builtins(measured.used())
@@ -214,60 +238,45 @@ def plan(
     if measured is not None:
         terminal.out.print(measured.used().describe(), soft_wrap=True, highlight=False)
     if other is not None and changed is not None:
-        terminal.show(what_if_table(ranking, other, machines.name, what_if or ""))
-    if said is not None:
+        terminal.show(what_if_table(before, other, machines.name, what_if or ""))
+        if measured is not None:
+            terminal.out.print("Both by the formulas: measured times do not follow machines that change.")
+    if (said := exported()) is not None:  # after the plans: where it is refused, what was found is there all the same
         terminal.out.print(exported_text(said, export_to), soft_wrap=True, highlight=False)
 
 
 @app.command(context_settings=SCRIPT)
 @verb
+@with_measured_times
 def predict(
     context: typer.Context,
     target: Target,
     plan: PlanFile,
     cluster: ClusterOption = "local",
     sequence: Sequence = None,
-    profile: ProfileFile = None,
-    timing: TimingOption = None,
-    profile_device: ProfileDevice = None,
-    profile_source: ProfileSource = None,
-    scale_profile: ScaleProfile = False,
-    profile_cluster: ProfileCluster = None,
+    times: Times = formulas_only,
     json: JSON = False,
 ) -> None:
     """Say what one plan will cost: step time in parts, memory of each rank, throughput.
 
     Example: `headway predict gpt2 --plan plan.json --cluster dgx-a100`
     """
-    from headway.plan.plan import Plan
-    from headway.predict.step import Predictor, check_fit
+    from headway.predict.step import check_fit
     from headway.report.terminal import memory_table, prediction_table
-    from headway.train.run import find_cluster, measure_operators
 
-    chosen = Plan.load(plan).validate(place=str(plan))
-    terminal, workload = traced(target, context.args, chosen.global_batch, sequence, chosen.precision)
-    machines = find_cluster(
-        cluster,
-        chosen.world_size if cluster == "local" else None,
-        progress=terminal.stage,
-        exchange=chosen.exchange,
+    terminal, chosen, predictor = predictor_of(
+        plan, target, context.args, cluster=cluster, batch=None, sequence=sequence, times=times
     )
-    chosen.validate(workload.graph, machines, place=str(plan))
-    measured = measured_of(machines, profile, timing, profile_device, profile_source, scale_profile, profile_cluster)
-    replayed = None
-    if measured is None:
-        replayed = measure_operators(
-            workload, machines, micro_batches=[chosen.micro_batch], degrees=sorted({1, chosen.tensor})
-        )
-    prediction = Predictor(workload, machines, replayed, measured=measured).predict(chosen)
+    measured = predictor.measured
+    prediction = predictor.predict(chosen)
     if json:
-        times = {} if measured is None else {"times": msgspec.to_builtins(measured.used())}
-        print_json({**msgspec.to_builtins(prediction), **times})
+        known = {} if measured is None else {"times": msgspec.to_builtins(measured.used())}
+        print_json({**msgspec.to_builtins(prediction), **known})
     else:
         terminal.show(prediction_table(chosen, prediction), memory_table(prediction.memory))
         if measured is not None:
             terminal.out.print(measured.used().describe(), soft_wrap=True, highlight=False)
-    check_fit(prediction, chosen, machines)
+    check_fit(prediction, chosen, predictor.cluster)
 
 
 @app.command("import")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +33,13 @@ from headway.cli.options import (
 )
 
 __all__: list[str] = []
+
+
+class CheckpointOn(enum.StrEnum):
+    """Where the checkpoints between the first step and the last go."""
+
+    disk = "disk"
+    remote = "remote"
 
 
 @app.command()
@@ -84,6 +92,14 @@ def run(
     checkpoint_every: Annotated[
         int | None, typer.Option("--checkpoint-every", min=1, help="Steps between checkpoints; always one at the end.")
     ] = None,
+    checkpoint_on: Annotated[
+        CheckpointOn,
+        typer.Option("--checkpoint-on", help="Where those of --checkpoint-every go: files, or remote memory."),
+    ] = CheckpointOn.disk,
+    restarts: Annotated[
+        int,
+        typer.Option("--restarts", min=0, help="Start all ranks again, so many times, when one was killed or crashed."),
+    ] = 0,
     precision: PrecisionOption = None,
     data: Data = None,
     tensor: Tensor = None,
@@ -125,6 +141,8 @@ def run(
             resume=str(resume) if resume else None,
             name=name,
             checkpoint_every=checkpoint_every,
+            checkpoint_on=checkpoint_on.value,
+            restarts=restarts,
         )
     finally:
         terminal.close()

@@ -9,6 +9,7 @@ import msgspec
 import typer
 
 from headway.cli.application import group, print_json, verb
+from headway.cli.measured_times import Times, formulas_only, with_measured_times
 from headway.cli.options import (
     JSON,
     SCRIPT,
@@ -17,16 +18,9 @@ from headway.cli.options import (
     Operation,
     PlanFile,
     PrecisionOption,
-    ProfileCluster,
-    ProfileDevice,
-    ProfileFile,
-    ProfileSource,
-    ScaleProfile,
     Seed,
     Sequence,
     Target,
-    TimingOption,
-    measured_of,
 )
 
 __all__: list[str] = []
@@ -90,6 +84,7 @@ def simulate_collective(
 
 @simulations.command("step", context_settings=SCRIPT)
 @verb
+@with_measured_times
 def simulate_step(
     context: typer.Context,
     target: Target,
@@ -108,12 +103,7 @@ def simulate_step(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Play so many steps.")] = 1,
     checkpoint_steps: Annotated[int, typer.Option("--checkpoint-steps", min=1, help="Steps between checkpoints.")] = 1,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the jitter.")] = 0,
-    profile: ProfileFile = None,
-    timing: TimingOption = None,
-    profile_device: ProfileDevice = None,
-    profile_source: ProfileSource = None,
-    scale_profile: ScaleProfile = False,
-    profile_cluster: ProfileCluster = None,
+    times: Times = formulas_only,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for pictures and timeline.")] = None,
     json: JSON = False,
 ) -> None:
@@ -121,26 +111,14 @@ def simulate_step(
 
     Example: `headway simulate step gpt2 --plan plan.json --cluster dgx-a100 --straggler 3=1.5`
     """
-    from headway.cli.planning import traced
-    from headway.plan.plan import Plan
-    from headway.predict.step import Predictor
+    from headway.cli.planning import predictor_of
     from headway.report.step import compared, play, step_table, write_step
-    from headway.train.run import find_cluster, measure_operators
 
-    chosen = Plan.load(plan).validate(place=str(plan))
-    terminal, workload = traced(target, context.args, batch or chosen.global_batch, sequence, chosen.precision)
-    machines = find_cluster(
-        cluster, chosen.world_size if cluster == "local" else None, progress=terminal.stage, exchange=chosen.exchange
+    terminal, chosen, predictor = predictor_of(
+        plan, target, context.args, cluster=cluster, batch=batch, sequence=sequence, times=times
     )
-    chosen.validate(workload.graph, machines, place=str(plan))
-    measured = measured_of(machines, profile, timing, profile_device, profile_source, scale_profile, profile_cluster)
-    replayed = None
-    if measured is None:
-        replayed = measure_operators(
-            workload, machines, micro_batches=[chosen.micro_batch], degrees=sorted({1, chosen.tensor})
-        )
+    machines, measured = predictor.cluster, predictor.measured
     terminal.stage(f"Playing {steps} step{'s' if steps > 1 else ''} on {chosen.world_size} devices (seed {seed})")
-    predictor = Predictor(workload, machines, replayed, measured=measured)
     prediction, simulation = play(
         predictor, chosen, stragglers=straggler or (), jitter=jitter, faults=fault or (), faults_file=faults,
         steps=steps, checkpoint_steps=checkpoint_steps, seed=seed,

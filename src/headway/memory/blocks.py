@@ -2,7 +2,8 @@
 
 A transfer is cut in blocks; threads take them in turn and hand them to the kernel (`os.preadv`, `os.pwritev`, which
 let other threads run), straight from and to the caller's memory where it is aligned, through a block of their own where
-it is not. The checksum is computed on the way out and compared on the way in, while other blocks are in flight.
+it is not. The checksum is computed on the way out and compared on the way in, while other blocks are in flight: there
+are more threads than requests, so that the disk never waits for a checksum.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ BLOCK_BYTES = 4 << 20
 Done = Callable[[Exception | None], None]
 """What a transfer calls when it has ended, with what went wrong. On a thread of the disk: it must return soon."""
 
+_CHECKERS = 2  # threads beside those with a request in flight
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CORRUPTED = "the disk or another program changed it: take the tensor from a checkpoint"
 
@@ -50,17 +52,19 @@ class BlockFile:
 
 
 class BlockThreads:
-    """Threads that carry blocks: `count` requests in flight, each with a block of `block_bytes` of its own.
+    """Threads that carry blocks: `count` requests in flight, while two threads more compute checksums.
 
-    One more does what is no transfer: while it waits for the disk's own cache, as many blocks as ever are in flight.
+    Each has a block of `block_bytes` of its own, for memory that is not aligned. Another one does what is no transfer:
+    while it waits for the disk's own cache, as many blocks as ever are in flight.
     """
 
     def __init__(self, count: int, block_bytes: int) -> None:
         self._queue: queue.SimpleQueue[Callable[[np.ndarray], None] | None] = queue.SimpleQueue()
         self._actions: queue.SimpleQueue[Callable[[np.ndarray], None] | None] = queue.SimpleQueue()
+        self._requests = threading.Semaphore(count)
         self._threads = [
             threading.Thread(target=self._work, args=(block_bytes,), name=f"headway-disk-{i}", daemon=True)
-            for i in range(count)
+            for i in range(count + _CHECKERS)
         ]
         self._actor = threading.Thread(target=self._act, name="headway-disk-actions", daemon=True)
         for thread in (*self._threads, self._actor):
@@ -73,7 +77,7 @@ class BlockThreads:
         """
 
         def transfer(block: np.ndarray, number: int, part: np.ndarray) -> None:
-            _read_block(block, file, number, part, checksums[number])
+            _read_block(block, file, number, part, checksums[number], self._requests)
 
         self._each(file, first, into, transfer, done)
 
@@ -81,7 +85,7 @@ class BlockThreads:
         """Begin to write the blocks from number `first`, and put down their checksums."""
 
         def transfer(block: np.ndarray, number: int, part: np.ndarray) -> None:
-            checksums[number] = _write_block(block, file, number, part)
+            checksums[number] = _write_block(block, file, number, part, self._requests)
 
         self._each(file, first, data, transfer, done)
 
@@ -122,11 +126,13 @@ class BlockThreads:
         block = AlignedMemory(block_bytes).tensor.numpy()
         while (task := self._queue.get()) is not None:
             task(block)
+            del task  # it holds the memory that it carried, and the next may be long in coming
 
     def _act(self) -> None:
         nothing = np.empty(0, np.uint8)
         while (task := self._actions.get()) is not None:
             task(nothing)
+            del task
 
 
 class _Countdown:
@@ -208,25 +214,31 @@ def write_fully(descriptor: int, data: np.ndarray, offset: int) -> None:
         offset += written
 
 
-def _write_block(block: np.ndarray, file: BlockFile, number: int, data: np.ndarray) -> int:
+def _write_block(
+    block: np.ndarray, file: BlockFile, number: int, data: np.ndarray, requests: threading.Semaphore
+) -> int:
     size = data.size
     if size % PAGE_BYTES or data.ctypes.data % PAGE_BYTES:
         block[:size] = data
         block[size : padded(size)] = 0
         data = block[: padded(size)]
     checksum = crc32c(data[:size])
-    write_fully(file.descriptor, data, file.offset + number * file.block_bytes)
+    with requests:
+        write_fully(file.descriptor, data, file.offset + number * file.block_bytes)
     return checksum
 
 
-def _read_block(block: np.ndarray, file: BlockFile, number: int, into: np.ndarray, checksum: int) -> None:
+def _read_block(
+    block: np.ndarray, file: BlockFile, number: int, into: np.ndarray, checksum: int, requests: threading.Semaphore
+) -> None:
     size = into.size
     is_aligned = not (size % PAGE_BYTES or into.ctypes.data % PAGE_BYTES)
     target = into if is_aligned else block[: padded(size)]
     place = f"bytes {number * file.block_bytes} to {number * file.block_bytes + size}"
     read = 0
     while read < target.size:
-        count = os.preadv(file.descriptor, [target[read:]], file.offset + number * file.block_bytes + read)  # type: ignore[list-item]
+        with requests:
+            count = os.preadv(file.descriptor, [target[read:]], file.offset + number * file.block_bytes + read)  # type: ignore[list-item]
         if not count:
             raise FileError(
                 f"tensor {file.tensor!r} is corrupted: its file ends before {place}", place=file.path, remedy=_CORRUPTED

@@ -227,6 +227,11 @@ class BufferPool:
             pass  # what it gave up was released, and so served
         return request
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody waits for a buffer."""
+        return bool(self._waiting)
+
     def try_acquire(self, size: int, holder: str) -> Buffer | None:
         """A buffer if there is one free right now and nobody waits for one."""
         size = padded(size)

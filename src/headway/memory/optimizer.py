@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -32,10 +32,14 @@ import torch
 from headway.errors import InputError
 from headway.memory.update_kernels import (
     BLOCK_ELEMENTS,
+    EXACT_ROOT,
+    HAS_ESTIMATES,
+    NEWTON_ROOT,
     adam_update,
     decode,
     dynamic_codes,
     encode,
+    newton_roots,
     sgd_update,
 )
 from headway.plan.plan import Moments
@@ -61,6 +65,18 @@ class StateTensor:
     def count(self, elements: int) -> int:
         """Entries for so many elements."""
         return -(-elements // self.elements)
+
+
+class _Step(NamedTuple):
+    """What an update works on: the arguments of `HostOptimizer.step` as arrays."""
+
+    number: int
+    gradient: np.ndarray
+    master: np.ndarray
+    states: list[np.ndarray]
+    out: np.ndarray
+    scale: float
+    start: int
 
 
 class HostOptimizer:
@@ -101,7 +117,7 @@ class HostOptimizer:
         self.threads = threads or torch.get_num_threads()
         # Nothing that torch has is equal to narrower moments, so they take the fast root.
         is_exact = rule != "sgd" and moments == "float32" and not is_fused
-        self._root = _called_root() if is_exact else None
+        self._root, self._called = _torch_root() if is_exact else (EXACT_ROOT, None)
         self._tables = _tables()
         self._workers: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
@@ -172,10 +188,8 @@ class HostOptimizer:
         source, target = _array(gradient), _array(master)
         empty = np.empty(0, np.uint16)  # a type that is compiled for anyway
         written = empty if out is None else _array(out)
-        if self.rule == "sgd":
-            update = self._sgd(number, source, target, arrays, written, gradient_scale, start)
-        else:
-            update = self._adam(number, source, target, arrays, written, gradient_scale, start)
+        step = _Step(number, source, target, arrays, written, gradient_scale, start)
+        update = self._sgd(step) if self.rule == "sgd" else self._adam(step)
         pieces = [(a, min(a + _PIECE_ELEMENTS, elements)) for a in range(0, elements, _PIECE_ELEMENTS)]
         self._on_all_threads(update, pieces)
 
@@ -204,16 +218,8 @@ class HostOptimizer:
 
     # The update
 
-    def _adam(
-        self,
-        number: int,
-        gradient: np.ndarray,
-        master: np.ndarray,
-        states: list[np.ndarray],
-        out: np.ndarray,
-        scale: float,
-        start: int,
-    ) -> Callable[[int, int], None]:
+    def _adam(self, step: _Step) -> Callable[[int, int], None]:
+        number, gradient, master, states, out, scale, start = step
         group = self.group
         rate, eps, decay = float(group["lr"]), group["eps"], float(group["weight_decay"])
         beta1, beta2 = group["betas"]
@@ -241,8 +247,7 @@ class HostOptimizer:
         first, first_scales, second, second_scales = (
             states if self.moments == "int8" else (states[0], none, states[1], none)
         )
-        root = 0 if self._root is None else self._root.address
-        tables, seed = self._tables, _seed(number)
+        root, tables, seed = self._root, self._tables, _seed(number)
 
         def update(a: int, b: int) -> None:
             part = slice(a, b)
@@ -254,16 +259,8 @@ class HostOptimizer:
 
         return update
 
-    def _sgd(
-        self,
-        number: int,
-        gradient: np.ndarray,
-        master: np.ndarray,
-        states: list[np.ndarray],
-        out: np.ndarray,
-        scale: float,
-        start: int,
-    ) -> Callable[[int, int], None]:
+    def _sgd(self, step: _Step) -> Callable[[int, int], None]:
+        number, gradient, master, states, out, scale, start = step
         group = self.group
         momentum = float(group["momentum"])
         scalars = np.array(
@@ -297,7 +294,7 @@ class HostOptimizer:
         turns = itertools.count()
 
         def work() -> None:
-            with contextlib.nullcontext() if self._root is None else self._root.alone():
+            with contextlib.nullcontext() if self._called is None else self._called.alone():
                 # Pieces are taken in turn: a thread that is held up holds nobody up.
                 while (turn := next(turns)) < len(pieces):
                     update(*pieces[turn])
@@ -392,12 +389,37 @@ class _CalledRoot:
 
 
 @cache
-def _called_root() -> _CalledRoot | None:
-    """The square root of torch's CPU kernels; None: the processor's own is the same, or as near as one can get."""
-    numbers = np.random.default_rng(0).random(1 << 14).astype(np.float32)
-    wanted = torch.from_numpy(numbers).sqrt().numpy()
-    if np.array_equal(np.sqrt(numbers), wanted):
-        return None
+def _torch_root() -> tuple[int, _CalledRoot | None]:
+    """Which square root torch's CPU kernels take for float32, as `adam_update` wants it, and what is called for it.
+
+    Each is a function of the significand and of whether the exponent is even: one in 29 of these is compared, and some
+    others; the tests compare all. Roots that are made in another way differ in many more. `EXACT_ROOT` also where
+    nothing is the same: the nearest that one can get.
+    """
+    numbers = [np.arange(126 << 23, 128 << 23, 29, dtype=np.uint32)]
+    numbers.append(np.random.default_rng(0).integers(0, 0x7F800001, 1 << 18, np.uint32))
+    numbers.append(np.arange(0x7F7F0000, 0x7F800001, dtype=np.uint32))
+    candidates = {EXACT_ROOT, NEWTON_ROOT} if HAS_ESTIMATES else {EXACT_ROOT}
+    for each in (bits.view(np.float32) for bits in numbers):
+        wanted = torch.from_numpy(each).sqrt().numpy()
+        if EXACT_ROOT in candidates and not np.array_equal(np.sqrt(each), wanted):
+            candidates.discard(EXACT_ROOT)
+        if NEWTON_ROOT in candidates:
+            made = np.empty_like(each)
+            newton_roots(each, made)
+            if not np.array_equal(made, wanted):
+                candidates.discard(NEWTON_ROOT)
+        if not candidates:
+            break
+    if candidates:
+        return min(candidates), None
+    called = _mkl_root()
+    return (EXACT_ROOT, None) if called is None else (called.address, called)
+
+
+@cache
+def _mkl_root() -> _CalledRoot | None:
+    """MKL's square root, from the library that torch brings along; None where it has none."""
     try:
         return _CalledRoot(ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")))
     except (OSError, AttributeError):

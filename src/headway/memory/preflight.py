@@ -24,7 +24,16 @@ from headway.units import format_bytes
 from headway.value import Value
 from headway.workload.graph import Workload
 
-__all__ = ["PROCESS_BYTES", "Available", "Needs", "available_here", "check_here", "needs_of", "rank_needs"]
+__all__ = [
+    "PROCESS_BYTES",
+    "Available",
+    "Needs",
+    "available_here",
+    "check_here",
+    "checkpoint_bytes",
+    "needs_of",
+    "rank_needs",
+]
 
 PROCESS_BYTES = 400 * 2**20
 """Resident memory of one rank that holds no tensor: the interpreter with torch and numba."""
@@ -35,7 +44,8 @@ class Needs(Value):
 
     `host`: pageable or pinned memory of the host, transfer buffers included; `pinned`: the part of it that is locked
     for a GPU's copies; `device`: the fullest device's resting states, no activations; `disk`, `remote`: what rests
-    there; `largest_rank`: host memory of the rank that needs most, against limits on single processes.
+    there, in remote memory with the `checkpoints` that are kept there; `largest_rank`: host memory of the rank that
+    needs most, against limits on single processes.
     """
 
     node: str
@@ -45,6 +55,7 @@ class Needs(Value):
     device: float = 0.0
     disk: float = 0.0
     remote: float = 0.0
+    checkpoints: float = 0.0
     largest_rank: float = 0.0
 
 
@@ -65,9 +76,17 @@ class Available:
 
 
 def needs_of(
-    plan: Plan, workload: Workload, cluster: Cluster | None = None, *, buffer_bytes: float = 256 * 2**20
+    plan: Plan,
+    workload: Workload,
+    cluster: Cluster | None = None,
+    *,
+    buffer_bytes: float = 256 * 2**20,
+    remote_checkpoints: bool = False,
 ) -> tuple[Needs, ...]:
-    """What each node needs under `plan`. Without `cluster` all ranks are on one node of CPU processes."""
+    """What each node needs under `plan`. Without `cluster` all ranks are on one node of CPU processes.
+
+    `remote_checkpoints`: whether the first node's remote memory holds the run's checkpoints.
+    """
     by_name = {} if cluster is None else {device.name: device for device in cluster.devices}
     nodes: dict[str, list[dict[str, float]]] = {}
     for rank, name in enumerate(plan.devices):
@@ -79,9 +98,14 @@ def needs_of(
             and cluster.accelerators[device.accelerator].torch_device == "cuda"
         )
         nodes.setdefault(node, []).append(rank_needs(plan, workload, rank, on_gpu=on_gpu, buffer_bytes=buffer_bytes))
+    # The newest, and the one that is being written.
+    checkpoints = 2.0 * checkpoint_bytes(workload) if remote_checkpoints else 0.0
+    for ranks in list(nodes.values())[:1]:
+        ranks[0]["remote"] += checkpoints
     return tuple(
         Needs(
             node=node,
+            checkpoints=checkpoints if node == next(iter(nodes)) else 0.0,
             ranks=len(ranks),
             device=max(each["device"] for each in ranks),
             largest_rank=max(each["host"] for each in ranks),
@@ -127,6 +151,14 @@ def rank_needs(
     host = resting["host"] + buffers + (0.0 if on_gpu else resting["device"])
     pinned = resting["host"] + buffers if on_gpu else 0.0
     return {**resting, "host": host, "pinned": pinned}
+
+
+def checkpoint_bytes(workload: Workload) -> float:
+    """What one checkpoint takes, under whatever plan: float32 parameters, the optimizer's states, buffers."""
+    graph = workload.graph
+    trained = sum(parameter.elements for parameter in graph.parameters if parameter.trainable)
+    held = sum(max(parameter.bytes, 4.0 * parameter.elements) for parameter in graph.parameters)
+    return held + trained * workload.optimizer.state_bytes_per_element + graph.buffer_bytes
 
 
 def _divided(workload: Workload, start: int, stop: int) -> float:
@@ -188,17 +220,19 @@ def check_here(
     directory: Path | None = None,
     available: Available | None = None,
     buffer_bytes: float = 256 * 2**20,
+    remote_checkpoints: bool = False,
 ) -> tuple[Needs, ...]:
     """What the nodes need, if this machine has enough for the first of them.
 
-    Does nothing for a plan that keeps all on its devices: the predictor's own check of the devices speaks for that.
+    Checks nothing for a plan that keeps all on its devices, checkpoints in files included: the predictor's own check of
+    the devices speaks for that.
     Raises DoesNotFitError naming the field of the plan, the shortfall, and what would help.
     """
-    needs = needs_of(plan, workload, cluster, buffer_bytes=buffer_bytes)
+    needs = needs_of(plan, workload, cluster, buffer_bytes=buffer_bytes, remote_checkpoints=remote_checkpoints)
     tiers: dict[Tier, list[str]] = {}
     for field in ("parameters_on", "optimizer_on", "activations_on"):
         tiers.setdefault(getattr(plan, field), []).append(field)
-    if set(tiers) == {"device"}:
+    if set(tiers) == {"device"} and not remote_checkpoints:
         return needs
     here = available or available_here(directory)
     mine = needs[0]
@@ -215,7 +249,12 @@ def check_here(
     # The memory node of a run on one machine is a process there (`memory.remote_shared`).
     processes = mine.ranks * PROCESS_BYTES + (mine.remote if len(needs) == 1 else 0.0)
     less = 'rest states on "disk", keep more on the device (optimizer_kept), or use moments of "bfloat16" or "int8"'
-    resting: Tier = "remote" if mine.remote > mine.host else "host"
+    if 2 * mine.checkpoints > mine.host + processes:
+        less = "leave checkpoints on disk (--checkpoint-on disk)"
+        tiers = {"host": ["checkpoints in remote memory"]}
+    elif mine.checkpoints:
+        less = f"leave checkpoints on disk (--checkpoint-on disk), {less}"
+    resting: Tier = "remote" if mine.remote > mine.host and "remote" in tiers else "host"
     compare("host memory", mine.host + processes, here.host, resting, less)
     limit = here.locked_by_limit
     compare(

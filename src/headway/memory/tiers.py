@@ -111,7 +111,8 @@ class Store:
     fails and names who holds them. `remote`: the remote tier.
 
     `persistent`: tensors on disk outlast the store (the directory is its own, then, and they are there when it is
-    opened again); otherwise they vanish with it, also when the process is killed. `disk_threads`: requests that the
+    opened again), and those in remote memory (which `adopt` takes over); otherwise they vanish with it, those on disk
+    also when the process is killed. `disk_threads`: requests that the
     disk has in flight, of `block_bytes` each; `direct_io`: False goes through the page cache.
 
     A context manager. May be used by several threads. Raises FileError where the directory cannot be used.
@@ -137,8 +138,9 @@ class Store:
         for tier, budget in self._budgets.items():
             if tier not in tiers or budget < 0:
                 raise InputError(f"budgets: {tier!r}: {budget}", remedy=f"bytes for any of {', '.join(tiers)}")
-        if persistent and directory is None:
+        if persistent and directory is None and remote is None:
             raise InputError("a persistent store needs a directory", remedy="give directory=")
+        self._outlasts = persistent
         self._use: dict[Tier, _Use] = {tier: _Use(self._budgets.get(tier, UNLIMITED_BYTES)) for tier in tiers}
         self._entries: dict[str, _Entry] = {}
         self._prefetched: list[_Entry] = []  # the oldest first
@@ -221,6 +223,16 @@ class Store:
         with self._lock:
             self._create(name, tuple(shape), dtype, tier, announce=True, pinned=pinned)
 
+    def adopt(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Take over a tensor that another store has left in remote memory (see `persistent`).
+
+        Raises InputError if the name is taken, DoesNotFitError over the budget; to read what is not there fails.
+        """
+        with self._lock:
+            place = self._create(name, tuple(shape), dtype, "remote", announce=False).place
+            assert isinstance(place, RemoteTensor)
+            place.is_written = True
+
     def write(self, name: str, tensor: torch.Tensor, tier: Tier | None = None, *, release: bool = False) -> Pending:
         """Begin to write `tensor` (created at `tier` if new). The caller leaves `tensor` alone until it is done.
 
@@ -295,6 +307,8 @@ class Store:
             entry.prefetched = operation
             self._prefetched.append(entry)
             self._begin(entry, operation, lambda: self._launch_read(entry, operation, None, buffer), is_write=False)
+        # Who began to wait while it was on its way could not be given its buffer then.
+        operation.then(self._make_way)
 
     def release(self, tensor: torch.Tensor) -> None:
         """Give a buffer that `read` returned back to the pool. Raises InputError where it is none."""
@@ -358,7 +372,7 @@ class Store:
             self._carrier.close()
             if self._disk is not None:
                 self._disk.close()
-            if self._remote is not None:
+            if self._remote is not None and not self._outlasts:
                 for entry in self._entries.values():
                     if isinstance(entry.place, RemoteTensor):
                         with contextlib.suppress(HeadwayError, OSError):
@@ -669,6 +683,10 @@ class Store:
                     self._drop_prefetched(entry)
                     return True
             return False
+
+    def _make_way(self) -> None:
+        while self._pool.is_wanted and self._give_up_prefetched():
+            pass
 
     def _settle(self) -> None:
         while True:

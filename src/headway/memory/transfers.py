@@ -208,6 +208,7 @@ class Carrier:
     def _work(self) -> None:
         while (task := self._queue.get()) is not None:
             task()
+            del task  # it holds the tensors that it carried, and the next may be long in coming
 
     def _carry(self, source: Place, target: Place, ready: torch.cuda.Event | None, done: Done) -> None:
         try:

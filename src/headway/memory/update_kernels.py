@@ -4,7 +4,9 @@ Blocks of a few thousand numbers go through several small loops, each of which v
 first-level cache; memory is read and written once. The order of the operations, and which of them are fused
 multiply-adds, is that of torch's kernels for one tensor at a time (`foreach=False, fused=False`), which `fused=True`
 shares but for the square root: torch calls MKL's where it was built with it, and that one is not always rounded
-correctly. So the square root comes in as the address of a C function, 0 for the processor's own.
+correctly. So which square root it is comes in as a number: `EXACT_ROOT` for the processor's own, `NEWTON_ROOT` for one
+that is made as MKL's is on some processors (an estimate, and two of Newton's steps without fused multiply-adds, where
+`newton_roots` has the same bits), or the address of MKL's function.
 
 bfloat16 lies as 16 bits. Moments can be narrower than float32:
 
@@ -16,23 +18,45 @@ bfloat16 lies as 16 bits. Moments can be narrower than float32:
 
 from __future__ import annotations
 
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# (numba's intrinsics are called with one argument less than they are written with)
+import platform
 from collections.abc import Callable
 from typing import Any
 
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
-# (numba's intrinsics are called with one argument less than they are written with)
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from llvmlite.binding import get_host_cpu_features
+from numba import config, njit, types
 from numba.extending import intrinsic
 
-__all__ = ["BLOCK_ELEMENTS", "adam_update", "decode", "dynamic_codes", "encode", "sgd_update"]
+__all__ = [
+    "BLOCK_ELEMENTS",
+    "EXACT_ROOT",
+    "HAS_ESTIMATES",
+    "NEWTON_ROOT",
+    "adam_update",
+    "decode",
+    "dynamic_codes",
+    "encode",
+    "newton_roots",
+    "sgd_update",
+]
 
 BLOCK_ELEMENTS = 256
 """Moments of 8 bits that share a scale."""
 
+EXACT_ROOT = 0
+"""The processor's own square root, rounded correctly."""
+
+NEWTON_ROOT = 1
+"""The square root of `newton_roots`."""
+
 _CHUNK = 1024  # elements that go through all loops before the next: some 30 KB of all arrays together
-_CALL = 2048  # elements that a square root is called for: fewer take longer each
+_CALL = 1024  # elements that go through the two halves of AdamW with torch's root: fewer take longer each
+_SMALLEST_NORMAL = np.finfo(np.float32).tiny
+_LARGEST_SQUARED = np.float32((2 - 2.0**-11) * 2.0**127)  # of what lies above, the square of a root may be infinite
+_FIRST_SERVED, _LAST_SERVED = _SMALLEST_NORMAL.view(np.uint32), _LARGEST_SQUARED.view(np.uint32)
 _FLOAT32, _BFLOAT16, _INT8 = 4, 2, 1  # bytes of an element tell which it is
 
 
@@ -90,6 +114,34 @@ def _number(typing_context, bits):  # the typing context is numba's
     return signature, generate
 
 
+_WIDTH = 8  # estimates that are made at a time
+
+
+@intrinsic
+def _estimate_roots(typing_context, source, target):  # the typing context is numba's
+    """The processor's estimates (12 bits) of 1 / sqrt of the 8 float32 at `source`, to `target`."""
+    signature = types.void(types.int64, types.int64)
+
+    def generate(context, builder, signature, arguments):
+        vector = ir.VectorType(ir.FloatType(), _WIDTH)
+        source, target = (builder.inttoptr(each, vector.as_pointer()) for each in arguments)
+        name = "llvm.x86.avx.rsqrt.ps.256" if HAS_ESTIMATES else "llvm.sqrt.v8f32"  # the latter is never called
+        function = builder.module.declare_intrinsic(name, (), ir.FunctionType(vector, (vector,)))
+        builder.store(builder.call(function, (builder.load(source, align=4),)), target, align=4)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+# What numba was told to compile for, if it was told, need not have what the machine has.
+HAS_ESTIMATES = (
+    platform.machine() in ("x86_64", "AMD64")
+    and config.CPU_NAME is None
+    and config.CPU_FEATURES is None
+    and get_host_cpu_features().get("avx", False)
+)
+"""Whether kernels are compiled for a processor that estimates square roots, which `NEWTON_ROOT` is made of."""
+
 _ROOT_MODE = 0x140102  # VML_HA | VML_FTZDAZ_OFF | VML_ERRMODE_IGNORE, as torch calls it
 
 
@@ -126,7 +178,9 @@ def _coder(*, signed: bool) -> Callable[[float], Any]:
     l0, l1, l2, l3, l4, l5, l6 = (np.float32(first + part - 1) for first, part in zip(firsts, parts, strict=True))
     top = np.float32(len(codes) - 1)
 
-    @_compiled
+    # Not kept on disk by itself: numba finds a free name for what it keeps and writes it in two steps, so two processes
+    # that compile both of these for the first time at once may leave the one under the key of the other.
+    @njit(nogil=True, error_model="numpy")
     def code(number):
         slope, offset, last = np.float32(0), np.float32(0), np.float32(0)
         if number > t0:
@@ -268,6 +322,55 @@ def encode(values, stored, scales, is_signed, first, seed):
 
 
 @_compiled
+def _estimates(values, inverses):
+    """Estimates of 1 / sqrt of each of `values`."""
+    whole = len(values) // _WIDTH * _WIDTH
+    source, target = values.ctypes.data, inverses.ctypes.data
+    for i in range(0, whole, _WIDTH):
+        _estimate_roots(source + 4 * i, target + 4 * i)
+    if whole < len(values):
+        rest = np.ones(_WIDTH, np.float32)
+        for i in range(len(values) - whole):
+            rest[i] = values[whole + i]
+        _estimate_roots(rest.ctypes.data, rest.ctypes.data)
+        for i in range(len(values) - whole):
+            inverses[whole + i] = rest[i]
+
+
+@_compiled
+def _refined(value, inverse):
+    """The square root of a normal number from an estimate of 1 / sqrt of it; of 0, 0."""
+    half = np.float32(0.5)
+    root = value * inverse
+    error = half - half * (root * inverse)
+    root = root + root * error
+    inverse = inverse + inverse * error
+    root = root + (value - root * root) * (half * inverse)
+    return root if value != np.float32(0) else value
+
+
+@_compiled
+def newton_roots(values, roots):
+    """Square roots (float32), within 0.75 of the last place: an estimate, refined twice, each product rounded.
+
+    What an estimate does not serve is exact: 0, below the smallest normal number, infinity and just below, no number.
+    """
+    _estimates(values, roots)
+    for i in range(len(values)):
+        root = _refined(values[i], roots[i])
+        is_served = (values[i] >= _SMALLEST_NORMAL) & (values[i] <= _LARGEST_SQUARED)
+        roots[i] = root if is_served else np.sqrt(values[i])
+
+
+@_compiled
+def _roots(values, roots, root):
+    if root == NEWTON_ROOT:
+        newton_roots(values, roots)
+    else:
+        _call_root(root, np.int32(len(values)), values.ctypes.data, roots.ctypes.data, _ROOT_MODE)
+
+
+@_compiled
 def _adam_block(g, p, m, v, r, s, is_decoupled, root):
     """One block in float32. `s`: see `adam_update`; `r` is room for as many numbers."""
     scale, decay, weight, from_gradient, beta2, other2, negative_step, correction, eps = (
@@ -281,7 +384,7 @@ def _adam_block(g, p, m, v, r, s, is_decoupled, root):
             scale = np.float32(1)
         decay = np.float32(1)
     # To multiply by 1 changes nothing, and so needs no loop without it.
-    if root == 0:
+    if root == EXACT_ROOT:
         for i in range(count):
             gradient = g[i] * scale
             first = _fma(weight, gradient - m[i], gradient if from_gradient else m[i])
@@ -294,7 +397,7 @@ def _adam_block(g, p, m, v, r, s, is_decoupled, root):
         gradient = g[i] * scale
         m[i] = _fma(weight, gradient - m[i], gradient if from_gradient else m[i])
         v[i] = _fma(other2 * gradient, gradient, v[i] * beta2)
-    _call_root(root, np.int32(count), v.ctypes.data, r.ctypes.data, _ROOT_MODE)
+    _roots(v, r, root)
     for i in range(count):
         p[i] = p[i] * decay + (negative_step * m[i]) / (r[i] / correction + eps)
 
@@ -336,10 +439,17 @@ def _adamw_in_one_loop(gradient, p, m, v, out, s):
 
 @_compiled
 def _first_half(gradient, m, v, weight, beta2, other2):
+    """Both moments; how much of the second is neither 0 nor a number that `_refined` serves."""
+    odd = np.uint32(0)
     for i in range(len(m)):
         g = _wide(gradient[i])
         m[i] = _fma(weight, g - m[i], m[i])
-        v[i] = _fma(other2 * g, g, v[i] * beta2)
+        second = _fma(other2 * g, g, v[i] * beta2)
+        v[i] = second
+        bits = _bits(second)
+        is_odd = (np.uint32(bits - _FIRST_SERVED) > np.uint32(_LAST_SERVED - _FIRST_SERVED)) & (bits != np.uint32(0))
+        odd |= np.uint32(is_odd)
+    return odd
 
 
 @_compiled
@@ -351,17 +461,30 @@ def _second_half(p, m, r, out, decay, negative_step, correction, eps):
 
 
 @_compiled
+def _second_half_refining(p, m, v, inverses, out, decay, negative_step, correction, eps):
+    for i in range(len(p)):
+        root = _refined(v[i], inverses[i])
+        value = p[i] * decay + (negative_step * m[i]) / (root / correction + eps)
+        p[i] = value
+        out[i] = _nearest(value)
+
+
+@_compiled
 def _adamw_with_root(gradient, p, m, v, out, s, root):
-    """AdamW from bfloat16 to bfloat16 with a square root that is called, for a few hundred numbers at a time."""
+    """AdamW from bfloat16 to bfloat16 with torch's square root, for as many numbers at a time as stay in the cache."""
     decay, weight, beta2, other2, negative_step, correction, eps = s[1], s[2], s[4], s[5], s[6], s[7], s[8]
     roots = np.empty(_CALL, np.float32)
     for a in range(0, len(p), _CALL):
         b = min(a + _CALL, len(p))
         # Slices from here on: an index that might be negative keeps a loop from being vectorised.
         g_part, p_part, m_part, v_part, out_part, r = gradient[a:b], p[a:b], m[a:b], v[a:b], out[a:b], roots[: b - a]
-        _first_half(g_part, m_part, v_part, weight, beta2, other2)
-        _call_root(root, np.int32(b - a), v_part.ctypes.data, r.ctypes.data, _ROOT_MODE)
-        _second_half(p_part, m_part, r, out_part, decay, negative_step, correction, eps)
+        odd = _first_half(g_part, m_part, v_part, weight, beta2, other2)
+        if root == NEWTON_ROOT and odd == np.uint32(0):
+            _estimates(v_part, r)
+            _second_half_refining(p_part, m_part, v_part, r, out_part, decay, negative_step, correction, eps)
+        else:
+            _roots(v_part, r, root)
+            _second_half(p_part, m_part, r, out_part, decay, negative_step, correction, eps)
 
 
 @_compiled
@@ -374,8 +497,8 @@ def adam_update(
     (bfloat16) or uint8 (codes with `*_scales`). `s`, float32: what gradients are multiplied with; weight decay (L2) or
     what parameters are multiplied with (decoupled); weight of the gradient in the first moment, less 1 where `s[3]`
     says that the sum starts from the gradient; beta2 and 1 - beta2; minus the step size; root of the second moment's
-    bias correction; eps. `root`: the address of MKL's vmsSqrt, 0 for the processor's own square root. Who calls with
-    an address sees to it that MKL works in this thread alone. `tables`: codes of 8 bits with a sign and without.
+    bias correction; eps. `root`: `EXACT_ROOT`, `NEWTON_ROOT` or the address of MKL's vmsSqrt. Who calls with an address
+    sees to it that MKL works in this thread alone. `tables`: codes of 8 bits with a sign and without.
     """
     count = len(master)
     # What training at scale does all day goes the shortest way; the arithmetic is the same.
@@ -389,7 +512,7 @@ def adam_update(
         and s[3] == np.float32(0)
     ):
         moments = first.view(np.float32), second.view(np.float32)
-        if root == 0:
+        if root == EXACT_ROOT:
             _adamw_in_one_loop(gradient.view(np.uint16), master, *moments, out.view(np.uint16), s)
         else:
             _adamw_with_root(gradient.view(np.uint16), master, *moments, out.view(np.uint16), s, root)

@@ -30,9 +30,10 @@ __all__ = ["Imported", "read_configuration", "read_deepspeed", "read_megatron"]
 class Imported(Value):
     """A configuration as it was read: what of it Headway's plans know.
 
-    `shape` is None where the configuration does not describe the model. `global_batch` and `micro_batches` 0: follow
-    from the others. `world_size` 0: as many ranks as there are devices. `layout`: blocks of each stage in order, empty:
-    even. `recompute_blocks`: how many blocks of each stage are recomputed (-1: all). `virtual_stages`: per rank.
+    `shape` is None where the configuration does not describe the model. `global_batch`, `micro_batch` and
+    `micro_batches` 0: follow from the others. `world_size` 0: as many ranks as there are devices. `layout`: blocks of
+    each stage in order, empty: even. `recompute_blocks`: how many blocks of each stage are recomputed (-1: all).
+    `virtual_stages`: per rank.
     """
 
     source: Literal["megatron", "deepspeed"]
@@ -75,9 +76,12 @@ class Imported(Value):
                 f"tensor {self.tensor} x pipeline {self.pipeline} x context {self.context} "
                 f"does not divide {world} ranks",
                 place=f"{self.source}: degrees",
+                remedy="name all machines: --cluster dgx-a100:8, and --nnodes where the command has --nproc-per-node",
             )
         data = world // model
-        batch = self.global_batch or self.micro_batch * data * max(1, self.micro_batches)
+        passes = data * max(1, self.micro_batches)
+        batch = self.global_batch or self.micro_batch * passes
+        micro_batch = self.micro_batch or batch // passes
         sharding: dict[str, Literal["column", "row"]] = {}
         if self.tensor > 1:
             for block in graph.blocks:
@@ -89,7 +93,7 @@ class Imported(Value):
             model=graph.name,
             devices=tuple(devices[:world]),
             global_batch=batch,
-            micro_batch=self.micro_batch,
+            micro_batch=micro_batch,
             stages=self._stages(graph),
             data=data,
             tensor=self.tensor,
@@ -106,9 +110,9 @@ class Imported(Value):
             optimizer_on=self.optimizer_on,
             bucket_bytes=self.bucket_bytes or 25 * 2**20,
         )
-        if self.micro_batches and batch != self.micro_batch * self.micro_batches * data:
+        if (self.micro_batches or not self.micro_batch) and batch != micro_batch * passes:
             raise PlanError(
-                f"{batch} samples are not {self.micro_batches} micro-batches of {self.micro_batch} on {data} replicas",
+                f"{batch} samples are not {passes // data} micro-batches of {micro_batch} on {data} replicas",
                 place=f"{self.source}: train_batch_size",
                 remedy="train_batch_size = micro batch x accumulation steps x replicas",
             )
@@ -436,8 +440,11 @@ def read_deepspeed(text: str, *, place: str = "deepspeed.json") -> Imported:
 
     batch, micro = number("train_batch_size"), number("train_micro_batch_size_per_gpu")
     steps = number("gradient_accumulation_steps")
-    if not micro:
-        raise FieldError("is missing", place=f"{place}: train_micro_batch_size_per_gpu")
+    if not micro and (not batch or "train_micro_batch_size_per_gpu" in config):
+        raise FieldError(
+            "is missing or 0", place=f"{place}: train_micro_batch_size_per_gpu",
+            remedy="write it, or train_batch_size: the samples of one pass on one GPU, or of a step on all",
+        )  # fmt: skip
     zero = section("zero_optimization")
     stage = number("stage", zero)
     if stage > 3:

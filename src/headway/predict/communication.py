@@ -33,6 +33,7 @@ __all__ = [
     "all_to_all_seconds",
     "broadcast_seconds",
     "reduce_scatter_seconds",
+    "reduce_seconds",
     "send_seconds",
 ]
 
@@ -155,6 +156,22 @@ def broadcast_seconds(size_bytes: float, channel: Channel) -> float:
     if channel.backend == "gloo":
         rounds = math.ceil(math.log2(n))
         return channel.seconds(rounds, rounds * size_bytes)
+    return channel.seconds(n - 1, size_bytes)
+
+
+def reduce_seconds(size_bytes: float, channel: Channel) -> float:
+    """Seconds to sum `size_bytes` over the group, the result on one member.
+
+    NCCL pipelines along the ring, a broadcast backwards: (n-1) alpha + B/bandwidth. gloo reduce-scatters round a ring,
+    then every member sends its part to the one: n alpha + 2 (n-1)/n B/bandwidth.
+    """
+    n = channel.size
+    if n <= 1:
+        return 0.0
+    if channel.known is not None and (found := channel.known.seconds("reduce", size_bytes)) is not None:
+        return found
+    if channel.backend == "gloo":
+        return channel.seconds(n, 2 * size_bytes * (n - 1) / n)
     return channel.seconds(n - 1, size_bytes)
 
 

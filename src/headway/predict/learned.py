@@ -32,15 +32,22 @@ from headway.errors import HeadwayError, InputError
 from headway.hardware.catalog import find_accelerator
 from headway.hardware.cluster import Accelerator
 from headway.predict.boosting import Trees, boost
+from headway.predict.bounded import (
+    PER_DOUBLING,
+    at_a_bound,
+    between_rates,
+    item_bytes,
+    never_falling_rates,
+    sends_nothing,
+    with_rates_that_never_fall,
+)
 from headway.predict.database import Group, Measurement
 from headway.predict.timing import PRODUCTS, Curve, Estimate, Query, Timing, curves, one_device
-from headway.workload.graph import dtype_bytes
 
 __all__ = ["Learned", "topology"]
 
 _LOW, _HIGH = 0.05, 0.95
-# The curve of a group is kept at four sizes for each doubling, from 1 byte to 2**_DOUBLINGS.
-_PER_DOUBLING = 4
+# The curve of a group is kept from 1 byte to 2**_DOUBLINGS.
 _DOUBLINGS = 44
 _TOPOLOGY_FOLDS = 6
 _SIZE_FOLDS = 3
@@ -188,7 +195,7 @@ class _Model:
                 stride = 0 if group.spans > 1 else _pattern(group)[2]
                 made[group] = (
                     self.kinds.index(group.kind), group.group_size, group.members_per_node, group.spans, group.sharing,
-                    stride, _item_bytes(group), self.start_seconds(group),
+                    stride, item_bytes(group), self.start_seconds(group),
                 )  # fmt: skip
         table = np.array([made[group] for group in groups])
         return np.column_stack([table[:, :-1], np.log2(np.maximum(size, 1.0)), np.log2(physical / table[:, -1])])
@@ -224,44 +231,6 @@ def _relative_fit(columns: np.ndarray, seconds: np.ndarray) -> np.ndarray:
     return constants / scale
 
 
-# ------------------------------------------------------------------------------------------ what Alpa does to a profile
-
-
-def _item_bytes(group: Group) -> int:
-    try:
-        return dtype_bytes(group.dtype)
-    except (HeadwayError, KeyError, AttributeError):
-        return 4
-
-
-def _sends_nothing(group: Group, size: float) -> bool:
-    """Whether a tensor has too few elements to be divided among the members, in a profile that rounds down."""
-    if group.group_size == 1 or group.kind not in ("all_gather", "reduce_scatter", "all_to_all"):
-        return False
-    parts = group.group_size**2 if group.kind == "all_to_all" else group.group_size
-    return size / _item_bytes(group) < parts
-
-
-def _never_falling_rates(known: dict[Group, Curve]) -> bool:
-    """Whether no rate is below that of a smaller size, and a good part of them just at it.
-
-    Alpa makes its profiles so (`make_monotonic`): a size whose rate is below that of a smaller one is given that rate.
-    Measured noise never is so orderly, and a law without noise has no two rates that are equal.
-    """
-    pairs = sum(len(curve.sizes) - 1 for curve in known.values())
-    at_a_bound = sum(int(_at_a_bound(curve).sum()) for curve in known.values())
-    if pairs < 100 or at_a_bound < 0.02 * pairs:
-        return False
-    rates = (curve.sizes / curve.seconds for curve in known.values())
-    return all(bool(np.all(np.diff(rate) >= -1e-6 * rate[1:])) for rate in rates)
-
-
-def _at_a_bound(curve: Curve) -> np.ndarray:
-    """Which points have just the rate of the point before: their time is a lower bound, not a measurement."""
-    rate = curve.sizes / curve.seconds
-    return np.concatenate([[False], np.abs(np.diff(rate)) < 1e-6 * rate[1:]])
-
-
 # ---------------------------------------------------------------------------------------------------------- the answer
 
 
@@ -292,8 +261,8 @@ class Learned(Timing):
             (key[0], key[1]): curve for key, curve in known.items() if not isinstance(key, Group) and not key[2]
         }
         self._operators = _Operators(measurements)
-        self.as_profiled = _never_falling_rates(self.collectives) if as_profiled is None else as_profiled
-        self._is_bounded = _never_falling_rates(self.collectives)
+        self.as_profiled = never_falling_rates(self.collectives) if as_profiled is None else as_profiled
+        self._is_bounded = never_falling_rates(self.collectives)
         self._topologies = {topology(group) for group in self.collectives}
         self._drawn: dict[Group, np.ndarray] = {}
         self._model: _Model | None = None
@@ -376,29 +345,37 @@ class Learned(Timing):
         if grid is None:
             assert self._model is not None
             grid = self._drawn[group] = self._draw(self._model, group, self.collectives)
-        place = math.log2(max(size, 1.0)) * _PER_DOUBLING
+        place = math.log2(max(size, 1.0)) * PER_DOUBLING
         below = min(int(place), len(grid) - 2)
         # Beyond its last place a curve goes on at the rate there.
-        slope = grid[below + 1] - grid[below] if place <= len(grid) - 1 else math.log(2) / _PER_DOUBLING
+        slope = grid[below + 1] - grid[below] if place <= len(grid) - 1 else math.log(2) / PER_DOUBLING
         start = below if place <= len(grid) - 1 else len(grid) - 1
         return math.exp(grid[start] + slope * (place - start))
 
     def _draw(self, model: _Model, group: Group, known: dict[Group, Curve]) -> np.ndarray:
-        """Logarithm of seconds at sizes 2 ** (k / _PER_DOUBLING), by the model and the measured curves `known`."""
-        size = 2.0 ** (np.arange(_DOUBLINGS * _PER_DOUBLING + 1) / _PER_DOUBLING)
+        """Logarithm of seconds at sizes 2 ** (k / PER_DOUBLING), by the model and the measured curves `known`."""
+        size = 2.0 ** (np.arange(_DOUBLINGS * PER_DOUBLING + 1) / PER_DOUBLING)
         drawn = np.log(model.seconds((group,) * len(size), size))
         curve = known.get(group)
         sizes, seconds = self._points(group, known)
         drawn += _corrections(drawn, sizes, seconds)
         # More never takes less time.
         drawn = np.maximum.accumulate(drawn)
-        if self.as_profiled:
-            smallest = next((at for at in range(len(size)) if not _sends_nothing(group, size[at])), 0)
-            drawn[:smallest] = math.log(self._nothing_of_kind[group.kind])
-            drawn = _with_rates_that_never_fall(drawn, int(math.log2(_item_bytes(group))) * _PER_DOUBLING)
-        if curve is not None and (self.as_profiled or not self._is_bounded):
-            drawn += _corrections(drawn, curve.sizes, curve.seconds)
-        return drawn
+        if not self.as_profiled:
+            if curve is not None and not self._is_bounded:
+                drawn += _corrections(drawn, curve.sizes, curve.seconds)
+            return drawn
+        smallest = next((at for at in range(len(size)) if not sends_nothing(group, size[at])), 0)
+        profiled = drawn.copy()
+        profiled[:smallest] = math.log(self._nothing_of_kind[group.kind])
+        profiled = with_rates_that_never_fall(profiled, int(math.log2(item_bytes(group))) * PER_DOUBLING)
+        if curve is not None:
+            profiled += _corrections(profiled, curve.sizes, curve.seconds)
+            if self._is_bounded:
+                profiled[smallest:] = between_rates(profiled, drawn, curve)[smallest:]
+                # Sizes that lie between places of the grid are met again.
+                profiled += _corrections(profiled, curve.sizes, curve.seconds)
+        return profiled
 
     def _nothing_seconds(self, model: _Model, kind: str) -> float:
         """What starting an operator costs that then sends nothing: the median of those that did."""
@@ -407,7 +384,7 @@ class Learned(Timing):
             for group, curve in self.collectives.items()
             if group.kind == kind
             for size, seconds in zip(curve.sizes, curve.seconds, strict=True)
-            if _sends_nothing(group, size)
+            if sends_nothing(group, size)
         ]
         return float(np.median(found)) if found else float(model.constants[kind][0])
 
@@ -443,8 +420,8 @@ class Learned(Timing):
         """Which points of a curve are times of sending something, and not lower bounds."""
         if not self._is_bounded:
             return np.ones(len(curve.sizes), dtype=bool)
-        nothing = np.array([_sends_nothing(group, size) for size in curve.sizes])
-        return ~(nothing | _at_a_bound(curve))
+        nothing = np.array([sends_nothing(group, size) for size in curve.sizes])
+        return ~(nothing | at_a_bound(curve))
 
     def _usable_rows(self, known: dict[Group, Curve]) -> _Rows:
         groups: list[Group] = []
@@ -531,8 +508,8 @@ def _quantiles(errors: Sequence[tuple[tuple[bool, int], float]]) -> _Bounds:
 
 def _read(drawn: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Seconds at these sizes from a curve that was drawn; beyond its last place at the rate there."""
-    places = np.log2(np.maximum(sizes, 1.0)) * _PER_DOUBLING
-    beyond = np.maximum(places - (len(drawn) - 1), 0.0) / _PER_DOUBLING
+    places = np.log2(np.maximum(sizes, 1.0)) * PER_DOUBLING
+    beyond = np.maximum(places - (len(drawn) - 1), 0.0) / PER_DOUBLING
     return np.exp(np.interp(places, np.arange(len(drawn)), drawn)) * 2.0**beyond
 
 
@@ -541,16 +518,8 @@ def _corrections(drawn: np.ndarray, sizes: np.ndarray, seconds: np.ndarray) -> n
     if not len(sizes):
         return np.zeros(len(drawn))
     grid = np.arange(len(drawn))
-    places = np.log2(np.maximum(sizes, 1.0)) * _PER_DOUBLING
+    places = np.log2(np.maximum(sizes, 1.0)) * PER_DOUBLING
     return np.interp(grid, places, np.log(seconds) - np.interp(places, grid, drawn))
-
-
-def _with_rates_that_never_fall(drawn: np.ndarray, first: int) -> np.ndarray:
-    """The curve after what Alpa does to sizes that double from `first`: each has at least the rate of a smaller one."""
-    drawn = drawn.copy()
-    for at in range(first + _PER_DOUBLING, len(drawn)):
-        drawn[at] = min(drawn[at], drawn[at - _PER_DOUBLING] + math.log(2))
-    return drawn
 
 
 # ---------------------------------------------------------------------------------------------------- traced operators

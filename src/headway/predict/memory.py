@@ -284,27 +284,37 @@ class Sizes:
         precision: str,
         recompute_attention: tuple[int, ...] = (),
         keeping: Keeping | None = None,
+        away: tuple[int, ...] = (),
     ) -> ActivationBytes:
         """Activations of one micro-batch of `samples` in the stage of layers `start` to `stop`.
 
         Tensor parallelism divides what lies inside of its blocks. `keeping`: what else divides, and which kernels keep
-        what; Headway's own runtime if None.
+        what; Headway's own runtime if None. `away`: layers whose activations rest elsewhere between forward and
+        backward: not among what is kept, but among the peaks while they, or the next of them, go backward.
         """
-        key = (start, stop, recompute, samples, shards, precision, recompute_attention, keeping)
+        key = (start, stop, recompute, samples, shards, precision, recompute_attention, keeping, away)
         found = self._activations.get(key)
         if found is None:
             by = _Division(samples, shards, precision != "float32", keeping or _OWN)
-            found = self._activations[key] = self._stage(start, stop, recompute, recompute_attention, by)
+            found = self._activations[key] = self._stage(start, stop, recompute, recompute_attention, by, away)
         return found
 
     def _stage(
-        self, start: int, stop: int, recompute: tuple[int, ...], recompute_attention: tuple[int, ...], by: _Division
+        self,
+        start: int,
+        stop: int,
+        recompute: tuple[int, ...],
+        recompute_attention: tuple[int, ...],
+        by: _Division,
+        away: tuple[int, ...] = (),
     ) -> ActivationBytes:
         graph = self.graph
         again, cores = set(recompute), set(recompute_attention)
         samples = by.samples
         left = sum(self.parameters(at, at + 1, by.shards).trainable_bytes for at in range(start, stop))
         kept = peak = peak_with_gradients = largest = loss = 0.0
+        fetched = 0.0  # of the layer before that was away: it comes back when this one goes backward
+        last_away = max(away, default=-1)
         for at in range(start, stop):
             is_last = at == len(graph.layers) - 1
             saved, core, forward_extra, backward_extra, gradients = self._layer(at, by)
@@ -327,7 +337,12 @@ class Sizes:
             else:
                 kept += saved
                 extra = max(forward_extra, backward_extra)
-            largest = max(largest, kept - before)
+            own = kept - before
+            largest = max(largest, own)
+            if at <= last_away:
+                extra += fetched
+            if at in away:
+                kept, extra, fetched = before, extra + own, own
             if is_last and by.keeping.logit_bytes:
                 output = graph.layers[at].output
                 loss = by.keeping.logit_bytes * _bytes(output, samples) / dtype_bytes(output.dtype)

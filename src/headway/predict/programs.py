@@ -119,7 +119,8 @@ def _group(plan: Plan, axis: str, rank: int) -> tuple[str, ...]:
 def choices(plan: Plan) -> Iterator[tuple[str, tuple[str, ...]]]:
     """For each axis of a plan that Headway's exchange carries out, the algorithms worth comparing; "": its own choice.
 
-    Of an axis whose collectives are all-reduces those that do them, of ZeRO 2 and 3 those that gather and scatter.
+    Of an axis whose collectives are all-reduces those that do them, of ZeRO-1 those that reduce to one and broadcast
+    from there, of ZeRO 2 and 3 those that gather and scatter.
     """
     if plan.exchange != "headway" or not plan.is_uniform:
         return
@@ -129,4 +130,6 @@ def choices(plan: Plan) -> Iterator[tuple[str, tuple[str, ...]]]:
             continue
         divided = plan.zero_stage >= 2 if axis == "data" else plan.sequence_parallel
         able = set(names("all_gather")) & set(names("reduce_scatter")) if divided else set(names("all_reduce"))
+        if axis == "data" and plan.zero_stage == 1 and plan.optimizer_on == "device":
+            able = set(names("reduce")) & set(names("broadcast"))
         yield axis, ("", *(name for name in _CANDIDATES if name in able))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 from headway.hardware.cluster import Accelerator
-from headway.plan.plan import Plan, Stage
+from headway.plan.plan import Plan, Stage, Tier
 from headway.predict import communication as comm
 from headway.predict.communication import Channel
 from headway.predict.operators import Shards
@@ -13,7 +15,7 @@ from headway.predict.parts import Offload, RankParts
 from headway.predict.stage import Channels, StageTimes, hidden_behind, repeated
 from headway.predict.tiers import moments_bytes, wire_bytes
 
-__all__ = ["ReplicaTimes"]
+__all__ = ["ReplicaTimes", "gradient_reduction", "to_owners_seconds"]
 
 
 class ReplicaTimes:
@@ -48,7 +50,7 @@ class ReplicaTimes:
         if replicas > 1 and plan.zero_stage < 2:
             of_experts = gradient_bytes * experts / elements if plan.expert > 1 and elements else 0.0
             exposed, exchanged = self._reduce_seconds(
-                plan, rank, held, gradient_bytes - of_experts, shards, kinds, channel
+                plan, rank, held, gradient_bytes - of_experts, tensors, shards, kinds, channel
             )
             if of_experts:
                 # Experts are held by fewer replicas; they are reduced behind the others.
@@ -150,26 +152,29 @@ class ReplicaTimes:
         return besides + exposed + max(here, parts.seconds), 0.0, parts
 
     def _reduce_seconds(
-        self, plan: Plan, rank: int, held: list[Stage], gradient_bytes: float, shards: Shards,
+        self, plan: Plan, rank: int, held: list[Stage], gradient_bytes: float, tensors: int, shards: Shards,
         kinds: tuple[Accelerator, ...], channel: Channel,
     ) -> tuple[float, float]:  # fmt: skip
         """(exposed, all) seconds of reducing gradients in buckets while the last micro-batch goes backward.
 
         A bucket can leave when the layer that completes it has gone backward, and when the bucket before it is
-        through (Li et al., PyTorch Distributed, VLDB 2020, section 3.2).
+        through (Li et al., PyTorch Distributed, VLDB 2020, section 3.2). Under ZeRO-1 each replica has the sums of what
+        it updates alone, which halves what is moved (Rajbhandari et al., SC 2020, section 7).
         """
         stages = self.stages
         overlaps = stages.overlaps(plan, kinds)
         samples = plan.samples_of(rank) / plan.context
         crowded = len(plan.devices) > 1
         key = (tuple(held), gradient_bytes, shards, tuple(kind.name for kind in kinds), channel, plan.bucket_bytes,
-               overlaps, plan.overlap, plan.zero_stage, samples, plan.precision, crowded)  # fmt: skip
+               overlaps, plan.overlap, plan.zero_stage, plan.optimizer_on, tensors, samples, plan.precision,
+               crowded)  # fmt: skip
         found = self._buckets.get(key)
         if found is not None:
             return found
-        reduce = comm.all_reduce_seconds
-        if plan.zero_stage == 1 and self.workload.recipe.framework != "headway":
-            reduce = comm.reduce_scatter_seconds  # each rank needs the sums of what it updates alone
+        reduce = gradient_reduction(
+            plan.zero_stage, self.workload.recipe.framework, optimizer_on=plan.optimizer_on,
+            tensor_bytes=gradient_bytes / max(tensors, 1),
+        )  # fmt: skip
         # Without overlap the runtime makes one bucket of everything.
         limit = float(plan.bucket_bytes) if plan.overlap else max(gradient_bytes, 1.0)
         whole = repeated(reduce, gradient_bytes, math.ceil(gradient_bytes / limit), channel)
@@ -225,3 +230,26 @@ class ReplicaTimes:
                     size *= recipe.gradient_bytes / 4
                 total += comm.all_reduce_seconds(size, channel)
         return total
+
+
+def gradient_reduction(
+    zero_stage: int, framework: str, *, optimizer_on: Tier, tensor_bytes: float
+) -> Callable[[float, Channel], float]:
+    """How replicas add up a bucket of gradients under ZeRO-0 and 1: its seconds, from its bytes and their channel.
+
+    `framework`: whose runtime it is (`Recipe.framework`). `tensor_bytes`: gradients of an average tensor.
+    """
+    if zero_stage == 1 and framework != "headway":
+        return comm.reduce_scatter_seconds
+    if zero_stage == 1 and optimizer_on == "device":
+        return partial(to_owners_seconds, tensor_bytes=tensor_bytes)
+    return comm.all_reduce_seconds
+
+
+def to_owners_seconds(size_bytes: float, channel: Channel, *, tensor_bytes: float) -> float:
+    """Seconds to reduce a bucket of gradients to the replicas that own its tensors (ZeRO-1), one after the other.
+
+    `tensor_bytes`: of an average tensor; few of them have few owners.
+    """
+    owners = min(channel.size, max(1, math.ceil(size_bytes / max(tensor_bytes, 1.0))))
+    return repeated(comm.reduce_seconds, size_bytes, owners, channel)

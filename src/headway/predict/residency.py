@@ -352,11 +352,15 @@ class Residency:
         extra_with_gradients = 0.0
         for stage, flight in zip(held, flights, strict=True):
             size = self.activations(plan, stage, samples, shards, states.working)
-            kept += size.kept * flight
-            most_kept = max(most_kept, size.largest_kept)
             loss += size.loss
             away += flight * self._swapped(plan, stage, samples, shards, size)
-            behind += flight * self._after_swapped(plan, stage, samples, shards)
+            if piped:
+                most_kept = max(most_kept, size.largest_kept)
+                behind += flight * self._after_swapped(plan, stage, samples, shards)
+            elif swapped := plan.swapped_layers(stage):
+                # What comes back while layers go backward is part of the peaks, layer by layer.
+                size = self.activations(plan, stage, samples, shards, states.working, swapped)
+            kept += size.kept * flight
             extra = max(extra, size.peak - size.kept)
             extra_with_gradients = max(extra_with_gradients, size.peak_with_gradients - size.kept)
             if piped:
@@ -377,7 +381,7 @@ class Residency:
         parameters, optimizer, update = states.parameters, states.optimizer, states.update
         resting = None
         if not plan.parameters_on == plan.optimizer_on == plan.activations_on == "device":
-            away = min(away, kept - loss)
+            away = min(away, kept - loss) if piped else away
             on_cpu = self._is_cpu[kind] and recipe.framework == "headway"
             resting = rest(
                 plan, parameters=parameters, gradients=gradients, optimizer=optimizer, activations=away,
@@ -395,7 +399,8 @@ class Residency:
             # What a layer is at work with stays, and comes when what was kept of the layers after it has gone.
             returned = min(2 * most_kept, away)
             communication -= min(returned, behind)
-            kept = kept - away + max(0.0, min(away, most_kept) - max(0.0, behind - returned))
+            if piped:
+                kept = kept - away + max(0.0, min(away, most_kept) - max(0.0, behind - returned))
             if plan.optimizer_on != "device" and recipe.framework == "headway":
                 update *= plan.optimizer_kept
         # Without buckets (one replica) gradients are made anew in each step, while activations are released.
@@ -469,7 +474,13 @@ class Residency:
         return self.activations(plan, own, samples, shards).kept
 
     def activations(
-        self, plan: Plan, stage: Stage, samples: float, shards: Shards, working: float = 0.0
+        self,
+        plan: Plan,
+        stage: Stage,
+        samples: float,
+        shards: Shards,
+        working: float = 0.0,
+        away: tuple[int, ...] = (),
     ) -> ActivationBytes:
         """`Sizes.activations` of one stage, as `plan` divides and recomputes; `working`: of gradients, as each goes."""
         recipe, low = self.workload.recipe, plan.precision != "float32"
@@ -484,7 +495,7 @@ class Residency:
         )
         again = stage.recompute_attention
         return self.sizes.activations(
-            stage.start, stage.stop, stage.recompute, samples, shards, plan.precision, again, keeping
+            stage.start, stage.stop, stage.recompute, samples, shards, plan.precision, again, keeping, away
         )
 
     def _communicators(self, plan: Plan, rank: int) -> int:

@@ -235,7 +235,7 @@ class Predictor:
         if plan.tensor > 1 and plan.zero_stage >= 2:
             name = "tensor-parallel all-reduces and gathering sharded parameters"
         shares[name] = inside
-        shares["exposed gradient all-reduce"] = own.gradients
+        shares["exposed reduction of gradients"] = own.gradients
         shares["broadcast of updated parameters"] = own.after
         bound, seconds = max(shares.items(), key=lambda item: item[1])
         return time, f"{bound} ({seconds / time.step_seconds:.0%} of the step)"

@@ -1,7 +1,7 @@
-"""Pictures of a run, drawn by matplotlib: as SVG for pages, as PNG for a README.
+"""Pictures of a run, drawn by matplotlib: as SVG for pages, as PNG for a README; timelines are in `report.timelines`.
 
-Each picture has a function that returns a matplotlib `Figure` (`timeline_figure`, …) and one that returns it as SVG
-text (`timeline_svg`, …). One unit of a picture is one CSS pixel at its natural size, so a page draws every picture
+Each picture has a function that returns a matplotlib `Figure` (`loss_figure`, …) and one that returns it as SVG
+text (`loss_svg`, …). One unit of a picture is one CSS pixel at its natural size, so a page draws every picture
 twice, at `WIDE` and at `NARROW`, and shows the one that fits: text stays readable on a phone.
 
 Colours have roles (`PALETTE`): what is blue in one picture means the same in the next. `inline_svg` replaces them by
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import msgspec
 import numpy
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -30,7 +29,6 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from headway.predict.prediction import Memory, StepTime
-from headway.timeline import Span, Timeline
 from headway.units import format_bytes, format_count, format_seconds
 from headway.value import write_atomically
 
@@ -40,23 +38,29 @@ __all__ = [
     "NARROW",
     "PALETTE",
     "PALETTE_DARK",
+    "SVG_NAMESPACE",
     "TIME_PARTS",
     "WIDE",
-    "bubble_share",
     "comparison_figure",
     "comparison_svg",
+    "draw_legend",
     "inline_svg",
-    "lane_order",
+    "legend_rows",
     "loss_figure",
     "loss_svg",
     "memory_figure",
     "memory_svg",
+    "new_canvas",
+    "parse_svg",
+    "plain_text",
+    "raw_svg",
     "save_png",
+    "serialised",
+    "shortened",
     "smoothed",
+    "styled",
     "throughput_figure",
     "throughput_svg",
-    "timeline_figure",
-    "timeline_svg",
     "to_svg",
 ]
 
@@ -125,7 +129,6 @@ MEMORY_KINDS = {
     "outside_bytes": ("other", "outside the allocator"),
 }
 
-_MAX_SPANS = 3000
 _MAX_POINTS = 1200
 _STYLE: dict[Any, Any] = {
     "font.size": 12,
@@ -168,7 +171,7 @@ _STYLE: dict[Any, Any] = {
 # ---------------------------------------------------------------------------------------------------------- the frame
 
 
-def _canvas(
+def new_canvas(
     width: float, height: float, *, left: float, right: float, top: float, bottom: float
 ) -> tuple[Figure, Axes]:
     """A figure of width x height pixels with one pair of axes; margins in pixels."""
@@ -180,7 +183,7 @@ def _canvas(
     return figure, axes
 
 
-def _legend(figure: Figure, entries: Iterable[tuple[str, str]], width: float) -> None:
+def draw_legend(figure: Figure, entries: Iterable[tuple[str, str]], width: float) -> None:
     """A legend along the top: (colour, text) pairs, set in rows from the left."""
     figure_width, figure_height = figure.get_size_inches() * 72
     x, y = 2.0, figure_height - 14
@@ -194,7 +197,8 @@ def _legend(figure: Figure, entries: Iterable[tuple[str, str]], width: float) ->
         x += advance
 
 
-def _legend_rows(texts: Iterable[str], width: float) -> int:
+def legend_rows(texts: Iterable[str], width: float) -> int:
+    """Rows that a legend of these texts takes."""
     x, rows = 2.0, 1
     for text in texts:
         advance = 16 + 6.6 * len(text) + 18
@@ -204,7 +208,7 @@ def _legend_rows(texts: Iterable[str], width: float) -> int:
     return rows
 
 
-def _styled(draw):
+def styled(draw):
     """`draw` under our style, which is undone afterwards: matplotlib's settings are global."""
 
     @functools.wraps(draw)
@@ -215,253 +219,14 @@ def _styled(draw):
     return wrapped
 
 
-def _plain(text: str) -> str:
+def plain_text(text: str) -> str:
     """Text without the characters that XML has no place for: names are the user's."""
     return "".join(character if character.isprintable() else " " for character in text)
 
 
-# ----------------------------------------------------------------------------------------------------------- timelines
-
-
-def timeline_figure(
-    timeline: Timeline,
-    *,
-    start_seconds: float | None = None,
-    stop_seconds: float | None = None,
-    window_seconds: float | None = None,
-    width: float = WIDE,
-) -> Figure:
-    """Spans as bars on the lanes of each rank, coloured by kind; the empty track behind them is waiting.
-
-    Draws from `start_seconds` (the first span) to `stop_seconds` (the end of the last), on an axis of
-    `window_seconds` that begins at zero: give two timelines the same window to compare them.
-    """
-    return _timeline_figure(timeline, start_seconds, stop_seconds, window_seconds, width)[0]
-
-
-@_styled
-def _timeline_figure(
-    timeline: Timeline, start: float | None, stop: float | None, window: float | None, width: float
-) -> tuple[Figure, list[str]]:
-    spans = [span for span in timeline.spans if span.kind != "step"]
-    start = min((span.start_seconds for span in spans), default=0.0) if start is None else start
-    stop = max((span.stop_seconds for span in spans), default=1.0) if stop is None else stop
-    spans = [span for span in spans if span.stop_seconds > start and span.start_seconds < stop]
-    window = max(window or 0.0, stop - start) or 1.0
-    lanes = sorted({span.lane for span in spans}, key=lane_order)
-    spans = _merged(spans, window)
-
-    narrow = width < 600
-    groups = list(dict.fromkeys(lane.split("/", 1)[0] for lane in lanes))
-    inner = {group: [lane for lane in lanes if lane.split("/", 1)[0] == group] for group in groups}
-    show_lanes = not narrow and any(len(lanes) > 1 for lanes in inner.values())
-    kinds = [kind for kind in KINDS if any(span.kind == kind for span in spans)]
-    legend = dict.fromkeys((PALETTE[KINDS[kind][0]], KINDS[kind][1]) for kind in kinds)
-    if any(span.kind not in KINDS for span in spans):
-        legend[PALETTE["other"], "other"] = None
-
-    # Top down, in pixels: the first lane of a rank (its compute) is the tallest.
-    positions: dict[str, tuple[float, float]] = {}
-    label_of: dict[str, float] = {}
-    y = 0.0
-    for group in groups:
-        begin = y
-        for position, lane in enumerate(inner[group]):
-            tall = 22.0 if position == 0 else 11.0
-            positions[lane] = (y, tall)
-            y += tall + 3.0
-        label_of[group] = (begin + y - 3.0) / 2
-        y += 7.0
-    extent = max(y - 10.0, 22.0)
-
-    left = 12.0 + 6.9 * max((len(group) for group in groups), default=4) + (92.0 if show_lanes else 0.0)
-    left = min(left, 0.4 * width)
-    top = 12.0 + 18.0 * _legend_rows((text for _, text in legend), width) if legend else 6.0
-    bottom = 26.0
-    figure, axes = _canvas(width, extent + top + bottom, left=left, right=14, top=top, bottom=bottom)
-    axes.set_xlim(0, window)
-    axes.set_ylim(extent, 0)
-    axes.grid(visible=False)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.spines["bottom"].set_visible(False)
-
-    for lane, (lane_y, tall) in positions.items():
-        track = Rectangle((0, lane_y), stop - start, tall, color=PALETTE["track"], linewidth=0)
-        track.set_gid(f"track-{len(axes.patches)}")
-        axes.add_patch(track)
-        if show_lanes and "/" in lane:
-            name = _shortened(lane.split("/", 1)[1], 14)
-            _label(axes, -8, lane_y + tall / 2, name, fontsize=10, color=PALETTE["muted"])
-    for group, at in label_of.items():
-        shown = _shortened(group, 24 if not narrow else 12)
-        _label(axes, -8 - (92 if show_lanes else 0), at, shown, fontsize=11.5, color=PALETTE["ink"])
-
-    locator = MaxNLocator(nbins=4 if narrow else 8, steps=[1, 2, 2.5, 5, 10])
-    for position, seconds in enumerate(tick for tick in locator.tick_values(0, window) if 0 <= tick <= window * 1.0001):
-        axes.axvline(seconds, color=PALETTE["grid"], linewidth=1, zorder=0.5)
-        label = axes.annotate(
-            format_seconds(float(seconds)), (seconds, 0), xycoords=axes.get_xaxis_transform(), xytext=(0, -16),
-            textcoords="offset points", ha="center" if position else "left", fontsize=11, color=PALETTE["muted"],
-        )  # fmt: skip
-        label.set_gid(f"tick-{position}")
-
-    titles: list[str] = []
-    pixels_per_second = (width - left - 14) / window
-    for span in spans:
-        lane_y, tall = positions[span.lane]
-        begin, end = max(span.start_seconds, start), min(span.stop_seconds, stop)
-        role = KINDS.get(span.kind, ("other", "other"))[0]
-        bar = Rectangle((begin - start, lane_y), end - begin, tall, facecolor=PALETTE[role], linewidth=0, zorder=2)
-        bar.set_gid(f"span-{len(titles)}")
-        titles.append(_span_title(span, start))
-        axes.add_patch(bar)
-        short = _short_name(span)
-        fits = tall > 20 and (end - begin) * pixels_per_second > 7 * len(short) + 6
-        if short and fits and role in ("forward", "backward", "optimizer"):
-            text = axes.text(
-                (begin + end) / 2 - start, lane_y + tall / 2, _plain(short), ha="center", va="center",
-                fontsize=10, color=PALETTE["on-kind"], zorder=3, clip_on=True, parse_math=False,
-            )  # fmt: skip
-            text.set_gid(f"spantext-{len(titles)}")
-    _legend(figure, legend, width)
-    return figure, titles
-
-
-def timeline_svg(
-    timeline: Timeline,
-    *,
-    start_seconds: float | None = None,
-    stop_seconds: float | None = None,
-    window_seconds: float | None = None,
-    width: float = WIDE,
-) -> str:
-    """`timeline_figure` as SVG, in which every bar has a title that a browser shows when the pointer rests on it.
-
-    The bars stand in one group of class `spans`, and the tick labels have class `tick`, so that a script can zoom:
-    the `svg` element says what its axis covers (`data-seconds`) and from where to where it lies (`data-left`,
-    `data-right`, in the picture's units).
-    """
-    figure, titles = _timeline_figure(timeline, start_seconds, stop_seconds, window_seconds, width)
-    root = _parse(_raw_svg(figure))
-    axes = figure.axes[0]
-    box = axes.get_position()
-    root.set("data-seconds", f"{axes.get_xlim()[1]:.9g}")
-    root.set("data-left", f"{box.x0 * width:.2f}")
-    root.set("data-right", f"{box.x1 * width:.2f}")
-
-    parents = {child: parent for parent in root.iter() for child in parent}
-    bars = ElementTree.Element(_SVG + "g", {"class": "spans"})
-    clip = ""
-    anchor: tuple[ElementTree.Element, int] | None = None
-    for element in [element for element in root.iter() if element.get("id")]:
-        kind, _, number = element.get("id", "").partition("-")
-        if kind == "tick":
-            element.set("class", "tick")
-        elif kind in ("track", "span", "spantext"):
-            parent = parents[element]
-            if anchor is None:
-                anchor = (parent, list(parent).index(element))
-            parent.remove(element)
-            for child in element.iter():
-                clip = child.attrib.pop("clip-path", "") or clip
-            if kind == "spantext":
-                bars.append(element)
-                continue
-            # One path for each bar, without the group that matplotlib puts around it.
-            (path,) = element
-            if kind == "span":
-                title = ElementTree.SubElement(path, _SVG + "title")
-                title.text = titles[int(number)]
-            bars.append(path)
-    if anchor is not None:
-        # The window that clips must not move with the bars, so it goes on a group around theirs.
-        frame = ElementTree.Element(_SVG + "g", {"clip-path": clip} if clip else {})
-        frame.append(bars)
-        anchor[0].insert(anchor[1], frame)
-    return _serialised(root)
-
-
-def bubble_share(timeline: Timeline, *, start_seconds: float = 0.0, stop_seconds: float | None = None) -> float:
-    """Share of the ranks' time, from start to stop, in which nothing but `idle` and `bubble` spans go on; 0 to 1."""
-    stop = timeline.stop_seconds if stop_seconds is None else stop_seconds
-    busy: dict[str, list[tuple[float, float]]] = {}
-    for span in timeline.spans:
-        if span.kind == "step":
-            continue
-        intervals = busy.setdefault(span.lane.split("/", 1)[0], [])
-        begin, end = max(span.start_seconds, start_seconds), min(span.stop_seconds, stop)
-        if span.kind not in ("idle", "bubble") and end > begin:
-            intervals.append((begin, end))
-    if not busy or stop <= start_seconds:
-        return 0.0
-    covered = 0.0
-    for intervals in busy.values():
-        reached = start_seconds
-        for begin, end in sorted(intervals):
-            covered += max(0.0, end - max(begin, reached))
-            reached = max(reached, end)
-    return 1.0 - covered / (len(busy) * (stop - start_seconds))
-
-
-def _merged(spans: Sequence[Span], window: float) -> list[Span]:
-    """The spans; where there are too many to draw, neighbours of one kind that no eye could part become one."""
-    if len(spans) <= _MAX_SPANS:
-        return list(spans)
-    gap = window / 1000
-    merged: list[Span] = []
-    last: dict[tuple[str, str], tuple[int, int]] = {}
-    for span in sorted(spans, key=lambda span: (span.lane, span.start_seconds)):
-        key = (span.lane, span.kind)
-        position, count = last.get(key, (-1, 0))
-        if position == len(merged) - 1 and position >= 0:
-            before = merged[position]
-            if span.start_seconds - before.stop_seconds < gap and span.duration_seconds < 4 * gap:
-                longer = max(span.stop_seconds, before.stop_seconds) - before.start_seconds
-                name = f"{count + 1} x {span.kind or 'span'}"
-                merged[position] = msgspec.structs.replace(before, name=name, duration_seconds=longer, detail={})
-                last[key] = (position, count + 1)
-                continue
-        last[key] = (len(merged), 1)
-        merged.append(span)
-    return merged
-
-
-def lane_order(text: str) -> tuple:
-    """A key by which `rank 10` follows `rank 2`, and compute comes before the other lanes of a rank."""
-    group, _, lane = text.partition("/")
-    numbers = tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", group))
-    return numbers, lane != "compute", lane
-
-
-def _span_title(span: Span, origin: float) -> str:
-    begin = max(0.0, span.start_seconds - origin)
-    lines = [
-        span.name or span.kind,
-        f"{format_seconds(span.duration_seconds)}, from {format_seconds(begin)}",
-        span.lane,
-    ]
-    lines += [f"{key}: {value}" for key, value in span.detail.items()]
-    return "\n".join(_plain(line) for line in lines)
-
-
-def _short_name(span: Span) -> str:
-    micro_batch = span.detail.get("micro_batch")
-    if micro_batch is not None:
-        return str(micro_batch)
-    match = re.search(r"(\d+)\s*$", span.name)
-    return match[1] if match else ""
-
-
-def _shortened(text: str, length: int) -> str:
+def shortened(text: str, length: int) -> str:
+    """At most `length` characters of it."""
     return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _label(axes: Axes, dx: float, y: float, text: str, **style) -> None:
-    axes.annotate(
-        _plain(text), (0, y), xycoords=axes.get_yaxis_transform(), xytext=(dx, 0), textcoords="offset points",
-        ha="right", va="center", annotation_clip=False, parse_math=False, **style,
-    )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------------- curves
@@ -483,7 +248,7 @@ def smoothed(values: Sequence[float], deviation: float | None = None) -> list[fl
     return (numpy.convolve(numpy.asarray(values, dtype=float), kernel)[inside] / weights).tolist()
 
 
-@_styled
+@styled
 def loss_figure(
     steps: Sequence[int],
     losses: Sequence[float],
@@ -499,11 +264,11 @@ def loss_figure(
     if reference is not None:
         label, value = reference
         _reference(axes, value, f"{label} {value:.3g}", width)
-    _legend(figure, _curve_legend("forward", "loss"), width)
+    draw_legend(figure, _curve_legend("forward", "loss"), width)
     return figure
 
 
-@_styled
+@styled
 def throughput_figure(
     steps: Sequence[int],
     rates: Sequence[float],
@@ -519,7 +284,7 @@ def throughput_figure(
         _reference(axes, value, f"{label} {format_count(value)}", width)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
-    _legend(figure, _curve_legend("backward", f"{unit} per second"), width)
+    draw_legend(figure, _curve_legend("backward", f"{unit} per second"), width)
     return figure
 
 
@@ -530,7 +295,7 @@ def _reference(axes: Axes, value: float, text: str, width: float) -> None:
     pad = 0.08 * (max(high, value) - min(low, value))
     axes.set_ylim(min(low, value - pad), max(high, value + pad))
     axes.annotate(
-        _plain(_shortened(text, 60 if width > 600 else 34)), (1, value), xycoords=axes.get_yaxis_transform(),
+        plain_text(shortened(text, 60 if width > 600 else 34)), (1, value), xycoords=axes.get_yaxis_transform(),
         xytext=(-2, 5), textcoords="offset points", ha="right", va="bottom", fontsize=11, zorder=5,
         color=PALETTE["activations"], parse_math=False,
     )  # fmt: skip
@@ -542,7 +307,7 @@ def _curve_legend(role: str, name: str) -> list[tuple[str, str]]:
 
 def _curve(steps: Sequence[int], values: Sequence[float], role: str, width: float) -> tuple[Figure, Axes]:
     points = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
-    figure, axes = _canvas(width, 300 if width > 600 else 230, left=52, right=14, top=34, bottom=44)
+    figure, axes = new_canvas(width, 300 if width > 600 else 230, left=52, right=14, top=34, bottom=44)
     axes.grid(visible=False, axis="x")
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if width > 600 else 4, integer=True))
@@ -570,7 +335,7 @@ def _curve(steps: Sequence[int], values: Sequence[float], role: str, width: floa
 # ---------------------------------------------------------------------------------------------------------------- bars
 
 
-@_styled
+@styled
 def comparison_figure(
     predicted: StepTime | None,
     measured: StepTime | None,
@@ -581,9 +346,9 @@ def comparison_figure(
     rows = [(name, time) for name, time in (("predicted", predicted), ("measured", measured)) if time is not None]
     narrow = width < 600
     legend = [(PALETTE[role], text) for role, text in TIME_PARTS.values()]
-    top = 12.0 + 18.0 * _legend_rows((text for _, text in legend), width)
+    top = 12.0 + 18.0 * legend_rows((text for _, text in legend), width)
     left, right = 78, 74 if not narrow else 66
-    figure, axes = _canvas(width, top + 28 + 44 * len(rows), left=left, right=right, top=top, bottom=28)
+    figure, axes = new_canvas(width, top + 28 + 44 * len(rows), left=left, right=right, top=top, bottom=28)
     longest = max((_parts_total(time) for _, time in rows), default=1.0) or 1.0
     axes.set_xlim(0, longest)
     axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -603,7 +368,7 @@ def comparison_figure(
             format_seconds(time.step_seconds), (offset, position), xytext=(6, 0), textcoords="offset points",
             va="center", fontsize=11.5, color=PALETTE["ink"], annotation_clip=False,
         )  # fmt: skip
-    _legend(figure, legend, width)
+    draw_legend(figure, legend, width)
     return figure
 
 
@@ -611,7 +376,7 @@ def _parts_total(time: StepTime) -> float:
     return sum(getattr(time, field) for field in TIME_PARTS)
 
 
-@_styled
+@styled
 def memory_figure(
     predicted: Mapping[int, Memory],
     measured: Mapping[int, float],
@@ -633,10 +398,10 @@ def memory_figure(
     legend = [(PALETTE[role], text) for _, role, text in kinds]
     if measured:
         legend.append((PALETTE["ink"], "measured peak"))
-    top = 12.0 + 18.0 * _legend_rows((text for _, text in legend), width)
+    top = 12.0 + 18.0 * legend_rows((text for _, text in legend), width)
     thick = 30 if len(ranks) <= 12 else 16
     left, right = 64, 74 if not narrow else 66
-    figure, axes = _canvas(width, top + 28 + thick * max(1, len(ranks)), left=left, right=right, top=top, bottom=28)
+    figure, axes = new_canvas(width, top + 28 + thick * max(1, len(ranks)), left=left, right=right, top=top, bottom=28)
     largest = max([memory.total_bytes for memory in predicted.values()] + list(measured.values()), default=0.0) or 1.0
     limit = largest
     if capacity_bytes is not None and capacity_bytes < 1.6 * largest:
@@ -664,7 +429,7 @@ def memory_figure(
             format_bytes(offset or peak or 0.0), (max(offset, peak or 0.0), position), xytext=(8, 0),
             textcoords="offset points", va="center", fontsize=11.5, color=PALETTE["ink"], annotation_clip=False,
         )  # fmt: skip
-    _legend(figure, legend, width)
+    draw_legend(figure, legend, width)
     return figure
 
 
@@ -709,7 +474,7 @@ def memory_svg(
 
 # -------------------------------------------------------------------------------------------------------------- output
 
-_SVG = "{http://www.w3.org/2000/svg}"
+SVG_NAMESPACE = "{http://www.w3.org/2000/svg}"
 _XLINK = "{http://www.w3.org/1999/xlink}"
 _ROLE_OF = {colour: role for role, colour in PALETTE.items()}
 
@@ -724,7 +489,7 @@ def save_png(figure: Figure, path: str | Path, *, scale: float = 2.0, background
 
 def to_svg(figure: Figure) -> str:
     """A picture as a standalone SVG document, in the colours of `PALETTE`, without references to anything outside."""
-    return _serialised(_parse(_raw_svg(figure)))
+    return serialised(parse_svg(raw_svg(figure)))
 
 
 def inline_svg(svg: str, *, label: str, prefix: str) -> str:
@@ -733,11 +498,11 @@ def inline_svg(svg: str, *, label: str, prefix: str) -> str:
     Colours become CSS variables by their role (`var(--forward, #3d6ea8)`), identifiers get `prefix`, so that several
     pictures live on one page, and `label` is what a screen reader says.
     """
-    root = _parse(svg)
+    root = parse_svg(svg)
     for parent in list(root.iter()):
         for child in list(parent):
             # matplotlib's own rules are for every element, which here would be every element of the page.
-            if child.tag == _SVG + "style":
+            if child.tag == SVG_NAMESPACE + "style":
                 parent.remove(child)
     text = ElementTree.tostring(root, encoding="unicode")
     referenced = set(re.findall(r"url\(#([^)]+)\)", text)) | set(re.findall(r'href="#([^"]+)"', text))
@@ -760,7 +525,7 @@ def inline_svg(svg: str, *, label: str, prefix: str) -> str:
     root.set("role", "img")
     root.set("aria-label", label)
     text = ElementTree.tostring(root, encoding="unicode")
-    return text.replace(f' xmlns="{_SVG[1:-1]}"', "", 1)  # HTML knows what an svg element is
+    return text.replace(f' xmlns="{SVG_NAMESPACE[1:-1]}"', "", 1)  # HTML knows what an svg element is
 
 
 def _variable(match: re.Match[str]) -> str:
@@ -768,7 +533,8 @@ def _variable(match: re.Match[str]) -> str:
     return f"var(--{role}, {match[0]})" if role else match[0]
 
 
-def _raw_svg(figure: Figure) -> str:
+def raw_svg(figure: Figure) -> str:
+    """As matplotlib writes it."""
     buffer = io.StringIO()
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         # Text is drawn by the browser in its own fonts; that matplotlib's has no such character doesn't matter.
@@ -777,23 +543,25 @@ def _raw_svg(figure: Figure) -> str:
     return buffer.getvalue()
 
 
-def _parse(svg: str) -> ElementTree.Element:
+def parse_svg(svg: str) -> ElementTree.Element:
+    """A picture of matplotlib's as elements, without its metadata; a unit is a pixel."""
     root = ElementTree.fromstring(svg)
     for child in list(root):
-        if child.tag == _SVG + "metadata":
+        if child.tag == SVG_NAMESPACE + "metadata":
             root.remove(child)
     for side in ("width", "height"):
         # One unit is one pixel, where matplotlib says that it is a point.
         root.set(side, root.get(side, "").removesuffix("pt"))
-    for text in root.iter(_SVG + "text"):
+    for text in root.iter(SVG_NAMESPACE + "text"):
         if text.get("transform", "").startswith("rotate(-0 "):
             del text.attrib["transform"]
     return root
 
 
-def _serialised(root: ElementTree.Element) -> str:
+def serialised(root: ElementTree.Element) -> str:
+    """The text of an element."""
     return ElementTree.tostring(root, encoding="unicode")
 
 
-ElementTree.register_namespace("", _SVG[1:-1])
+ElementTree.register_namespace("", SVG_NAMESPACE[1:-1])
 ElementTree.register_namespace("xlink", _XLINK[1:-1])

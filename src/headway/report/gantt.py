@@ -78,7 +78,7 @@ def gantt_figure(simulation: StepSimulation, *, width: float = WIDE) -> Figure:
     left, right, top, bottom = 8 + 6.4 * max(map(len, labels)), 10.0, 62.0, 46.0
     height = top + bottom + _ROW * len(ranks)
     with matplotlib.rc_context(charts._STYLE):
-        figure, axes = charts._canvas(width, height, left=left, right=right, top=top, bottom=bottom)
+        figure, axes = charts.new_canvas(width, height, left=left, right=right, top=top, bottom=bottom)
         axes.set_xlim(0, simulation.seconds or 1.0)
         axes.set_ylim(len(ranks), 0)
         scale = (width - left - right) / (simulation.seconds or 1.0)
@@ -181,7 +181,7 @@ def memory_figure(
     highest = max(memory[rank].total_bytes for rank in ranks)
     limit = max(highest, capacity_bytes if capacity_bytes < 2 * highest else 0.0) * 1.08
     with matplotlib.rc_context(charts._STYLE):
-        figure, first = charts._canvas(width, height, left=left, right=right, top=top, bottom=bottom)
+        figure, first = charts.new_canvas(width, height, left=left, right=right, top=top, bottom=bottom)
         first.remove()
         for position, rank in enumerate(ranks):
             low = height - top - (position + 1) * (panel + gap) + gap
@@ -295,7 +295,7 @@ def roofline_figure(
     names = list(dict.fromkeys(sorted((name for name, _, _ in points), key=lambda name: -_time_of(points, name))))
     shown = names[: len(_LINES) - 1]
     with matplotlib.rc_context(charts._STYLE):
-        figure, axes = charts._canvas(width, height, left=92, right=14, top=62, bottom=48)
+        figure, axes = charts.new_canvas(width, height, left=92, right=14, top=62, bottom=48)
         axes.loglog((low, ridge, high), (low * memory_rate, peak, peak), color=PALETTE["ink"], linewidth=1.6, zorder=2)
         for (name, x, y), seconds in points.items():
             role = _LINES[shown.index(name)] if name in shown else "other"
@@ -317,7 +317,7 @@ def roofline_figure(
         title = (
             f"{latency.graph.name} on {kind.name}, {samples} samples: {covered:.0%} of the time is in these operators"
         )
-        text = charts._plain(title)
+        text = charts.plain_text(title)
         figure.text(2 / width, 1 - 16 / height, text, fontsize=13, color=PALETTE["ink"], parse_math=False)
         entries = [(PALETTE[_LINES[at]], name) for at, name in enumerate(shown)]
         _legend_at(figure, entries, width, height, 38)
@@ -357,7 +357,7 @@ def search_figure(
     last = max(max(ends), first) * 1.4  # a little beyond, so that the last find is seen
     values = [value for each in series for _, value in each.points]
     with matplotlib.rc_context(charts._STYLE):
-        figure, axes = charts._canvas(width, height, left=84, right=150, top=36, bottom=48)
+        figure, axes = charts.new_canvas(width, height, left=84, right=150, top=36, bottom=48)
         labels = []
         for position, each in enumerate(series):
             colour = PALETTE[_LINES[position % len(_LINES)]]
@@ -383,7 +383,7 @@ def search_figure(
         for value, name, colour in sorted(labels):
             y = max(48 + (value - floor + margin) * scale, at + 15)
             at = y
-            figure.text((width - 144) / width, (y - 4) / height, charts._plain(name), fontsize=11.5, color=colour)
+            figure.text((width - 144) / width, (y - 4) / height, charts.plain_text(name), fontsize=11.5, color=colour)
         title = f"Best {what} found so far"
         figure.text(2 / width, 1 - 16 / height, title, fontsize=13, color=PALETTE["ink"])
     return figure

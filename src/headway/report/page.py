@@ -20,7 +20,7 @@ from markupsafe import Markup
 from headway.hardware.cluster import Cluster
 from headway.plan.plan import Plan
 from headway.predict.prediction import StepTime
-from headway.report import charts
+from headway.report import charts, timelines
 from headway.report.directory import ModelLayer, ModelSummary, RunDirectory, read_directory, steps_to_show
 from headway.timeline import Timeline
 from headway.units import format_bytes, format_count, format_flop, format_rate, format_seconds
@@ -305,11 +305,11 @@ def _timelines(run: RunDirectory) -> dict[str, Any]:
         if time and time.step_seconds > 0:
             bubble = time.bubble_seconds / time.step_seconds
         else:
-            bubble = charts.bubble_share(timeline, start_seconds=start, stop_seconds=stop)
+            bubble = timelines.bubble_share(timeline, start_seconds=start, stop_seconds=stop)
         label = f"{name} timeline: {what}, {format_seconds(stop - start)}, by rank; bubble {bubble:.1%}"
 
         def draw(width: float, timeline=timeline, start=start, stop=stop) -> str:
-            return charts.timeline_svg(
+            return timelines.timeline_svg(
                 timeline, start_seconds=start, stop_seconds=stop, window_seconds=window, width=width
             )
 
@@ -333,7 +333,7 @@ def _few_lanes(timeline: Timeline) -> tuple[Timeline, int]:
         groups.setdefault(span.lane.split("/", 1)[0], set()).add(span.lane)
     kept: set[str] = set()
     count = 0
-    for group in sorted(groups, key=charts.lane_order):
+    for group in sorted(groups, key=timelines.lane_order):
         if kept and count + len(groups[group]) > _MAX_LANES:
             break
         kept.add(group)

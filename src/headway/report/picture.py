@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from headway.errors import FileError, InputError
-from headway.report import charts
+from headway.report import charts, timelines
 from headway.report.directory import read_directory, steps_to_show
 from headway.timeline import Span, Timeline
 from headway.value import write_atomically
@@ -39,7 +39,7 @@ def write_picture(run_directory: str | Path, path: str | Path) -> Path:
         raise FileError(
             "has no timeline to draw", place=str(run_directory), remedy="give a run that trained some steps"
         )
-    figure = charts.timeline_figure(Timeline(name="step", spans=tuple(spans)))
+    figure = timelines.timeline_figure(Timeline(name="step", spans=tuple(spans)))
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".png":
         charts.save_png(figure, path)

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-import jinja2
-from markupsafe import Markup
-from matplotlib.figure import Figure
-
-from headway.errors import InputError
 from headway.predict.residency import explain
 from headway.predict.step import Predictor
-from headway.report import charts, gantt
-from headway.report.page import packaged, variables
+from headway.report import gantt
+from headway.report.picture_page import Drawing, write_picture_page
 from headway.search.ranking import Candidate, Ranking
 from headway.simulate.step import simulate_step
 from headway.units import format_bytes, format_count, format_seconds
-from headway.value import write_atomically
 
 __all__ = ["write_plan_report"]
 
@@ -32,29 +22,19 @@ def write_plan_report(path: str | Path, ranking: Ranking, predictor: Predictor) 
 
     Pictures that cannot be drawn (too many kinds of ranks) are named on the page. Raises FileError.
     """
-    path = Path(path)
     best = ranking.best[0]
-    graph, cluster = predictor.workload.graph, predictor.cluster
-    pictures, notes = _pictures(ranking, predictor)
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.from_string(packaged("plan.html")).render(
-        style=Markup(variables() + packaged("page.css")),
-        model=graph.name,
-        machines=cluster.name,
+    return write_picture_page(
+        path,
+        "plan.html",
+        _drawings(ranking, predictor),
+        title=f"{predictor.workload.graph.name} on {predictor.cluster.name}",
+        kicker="Headway plan",
         best=_row(best),
         plans=[_row(candidate) for candidate in ranking.best],
         searched=_searched(ranking),
         why=f"The step is bound by {best.prediction.bound}. {explain(predictor, best.plan)}",
         rejected=ranking.rejected[:_REJECTED],
-        pictures=pictures,
-        notes=notes,
-        version=metadata.version("headway"),
-        written=f"{datetime.datetime.now(datetime.UTC):%d %B %Y}",
     )
-    write_atomically(path, page)
-    return path
 
 
 def _row(candidate: Candidate) -> dict[str, str]:
@@ -77,7 +57,7 @@ def _searched(ranking: Ranking) -> str:
     return f"{text} Left out: {reasons}." if reasons else text
 
 
-def _pictures(ranking: Ranking, predictor: Predictor) -> tuple[list[dict[str, Any]], list[str]]:
+def _drawings(ranking: Ranking, predictor: Predictor) -> list[Drawing]:
     best = ranking.best[0]
     plan = best.plan
     simulation = simulate_step(predictor, plan)
@@ -85,7 +65,7 @@ def _pictures(ranking: Ranking, predictor: Predictor) -> tuple[list[dict[str, An
     latency = predictor.stages.latency(kind, plan.world_size > 1)
     share = plan.samples_of(0) / plan.context
     shards = predictor.stages.shards_of(plan)
-    drawings: list[tuple[str, str, Callable[[float], Figure]]] = [
+    drawings: list[Drawing] = [
         (
             "One step, simulated",
             "Forward, backward and communication of one rank of each kind; numbers are micro-batches.",
@@ -109,16 +89,4 @@ def _pictures(ranking: Ranking, predictor: Predictor) -> tuple[list[dict[str, An
         drawings.append(
             ("The search", "The best step time so far.", lambda width: gantt.search_figure([series], width=width))
         )
-    pictures: list[dict[str, Any]] = []
-    notes: list[str] = []
-    for number, (title, caption, draw) in enumerate(drawings):
-        try:
-            made = {
-                size: Markup(charts.inline_svg(charts.to_svg(draw(width)), label=title, prefix=f"p{number}-{size}-"))
-                for size, width in (("wide", charts.WIDE), ("narrow", charts.NARROW))
-            }
-        except InputError as error:
-            notes.append(f"{title}: {error.message}.")
-        else:
-            pictures.append({"title": title, "caption": caption, **made})
-    return pictures, notes
+    return drawings

@@ -7,17 +7,13 @@ style of `report.charts`; `save` of `report.gantt` writes it.
 
 from __future__ import annotations
 
-import datetime
 import math
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 import numpy as np
-from markupsafe import Markup
 from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -29,12 +25,11 @@ from rich.table import Table
 from headway.errors import InputError
 from headway.report import charts
 from headway.report.charts import PALETTE, WIDE
-from headway.report.page import packaged, variables
+from headway.report.picture_page import Drawing, write_picture_page
 from headway.report.terminal import new_table
 from headway.schedule.study import Case
 from headway.schedule.summary import Replay, Summary, interval, usage
 from headway.units import format_seconds
-from headway.value import write_atomically
 
 __all__ = [
     "StudyProgress",
@@ -199,7 +194,9 @@ def _name(key: tuple[str, str]) -> str:
 
 
 def _frame(figure: Figure, width: float, height: float, title: str, entries: Sequence[tuple[str, str]]) -> None:
-    figure.text(2 / width, 1 - 16 / height, charts._plain(title), fontsize=13, color=PALETTE["ink"], parse_math=False)
+    figure.text(
+        2 / width, 1 - 16 / height, charts.plain_text(title), fontsize=13, color=PALETTE["ink"], parse_math=False
+    )
     x, down = 2.0, 38.0
     for colour, text in entries:
         advance = 34 + 6.6 * len(text)
@@ -207,7 +204,7 @@ def _frame(figure: Figure, width: float, height: float, title: str, entries: Seq
             x, down = 2.0, down + 18
         figure.add_artist(Rectangle((x / width, 1 - down / height), 10 / width, 10 / height, color=colour, linewidth=0))
         figure.text(
-            (x + 16) / width, 1 - (down - 1) / height, charts._plain(text), color=PALETTE["muted"], fontsize=11.5,
+            (x + 16) / width, 1 - (down - 1) / height, charts.plain_text(text), color=PALETTE["muted"], fontsize=11.5,
             parse_math=False,
         )  # fmt: skip
         x += advance
@@ -249,7 +246,7 @@ def completion_figure(replays: Sequence[Replay], *, width: float = WIDE, height:
     entries = _named(replays)
     top = _top(entries, width)
     with matplotlib.rc_context(charts._STYLE):
-        figure, axes = charts._canvas(width, height, left=46, right=16, top=top, bottom=46)
+        figure, axes = charts.new_canvas(width, height, left=46, right=16, top=top, bottom=46)
         low, high = math.inf, 0.0
         for replay, (colour, _) in zip(replays, entries, strict=True):
             times = np.sort(replay.completion[~np.isnan(replay.finish)])
@@ -290,7 +287,7 @@ def gantt_figure(replay: Replay, *, width: float = WIDE, nodes: int = _MOST_NODE
     height = top + row * shown + 40
     bars, left_out = _tracks(segments, replay, shown, stop / max(1.0, width - left))
     with matplotlib.rc_context(charts._STYLE):
-        figure, axes = charts._canvas(width, height, left=left, right=14, top=top, bottom=40)
+        figure, axes = charts.new_canvas(width, height, left=left, right=14, top=top, bottom=40)
         axes.grid(False)
         axes.set_ylim(shown, 0)
         for node in range(shown):
@@ -349,13 +346,14 @@ def _over_time(
     *,
     width: float,
     top_value: float | None = None,
+    are_counts: bool = False,
     points: int = 300,
     height: float = 300.0,
 ) -> Figure:
     entries = _named(replays)
     top = _top(entries, width)
     with matplotlib.rc_context(charts._STYLE):
-        figure, axes = charts._canvas(width, height, left=62, right=16, top=top, bottom=34)
+        figure, axes = charts.new_canvas(width, height, left=62, right=16, top=top, bottom=34)
         stop = 0.0
         for replay, (colour, _) in zip(replays, entries, strict=True):
             used = usage(replay, points if width > 600 else points // 2)
@@ -363,7 +361,7 @@ def _over_time(
             stop = max(stop, float(used.seconds[-1] + (used.seconds[1] - used.seconds[0])))
             axes.step(used.seconds, values, where="post", color=colour, linewidth=1.3)
         axes.set_ylim(0, top_value)
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=are_counts))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: label(value)))
         _calendar(axes, stop, width < 600)
         _frame(figure, width, height, title, entries)
@@ -374,8 +372,9 @@ def queue_figure(replays: Sequence[Replay], *, width: float = WIDE) -> Figure:
     """How many jobs wait over time, a line a run. Raises InputError for runs that kept no segments."""
     _need_segments(replays)
     return _over_time(
-        replays, lambda used, _: used.waiting, "Jobs that wait", lambda value: f"{value:,.0f}", width=width
-    )
+        replays, lambda used, _: used.waiting, "Jobs that wait", lambda value: f"{value:,.0f}", width=width,
+        are_counts=True,
+    )  # fmt: skip
 
 
 def utilisation_figure(replays: Sequence[Replay], *, width: float = WIDE) -> Figure:
@@ -430,14 +429,12 @@ def write_schedule_report(
         ratio = _mean(groups[reference], "completion_mean") / _mean(groups[best], "completion_mean")
         lead += f", {ratio:.2f} times better than {reference[0]}"
     rows = [[*_times_row(key, each, groups[reference]), *_costs_row(key, each)[1:]] for key, each in groups.items()]
-    pictures, notes = _pictures(replays)
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.from_string(packaged("schedule.html")).render(
-        style=Markup(variables() + packaged("page.css")),
-        trace=summaries[0].trace,
-        machines=machines,
+    return write_picture_page(
+        path,
+        "schedule.html",
+        _drawings(replays),
+        title=f"{summaries[0].trace} on {machines}",
+        kicker="Headway simulate cluster",
         lead=f"{lead}.",
         facts=list(facts),
         head=[
@@ -449,19 +446,13 @@ def write_schedule_report(
             "Completion time from submission to the end; delay until the first start; slowdown is completion time over "
             "run time; fairness is Jain's index of the slowdowns; overhead is the share of device time without work."
         ),
-        pictures=pictures,
-        notes=notes,
         problems=list(problems),
-        version=metadata.version("headway"),
-        written=f"{datetime.datetime.now(datetime.UTC):%d %B %Y}",
     )  # fmt: skip
-    write_atomically(path, page)
-    return Path(path)
 
 
-def _pictures(replays: Sequence[Replay]) -> tuple[list[dict[str, Any]], list[str]]:
+def _drawings(replays: Sequence[Replay]) -> list[Drawing]:
     first = replays[0] if replays else None
-    drawings: list[tuple[str, str, Callable[[float], Figure]]] = [
+    drawings: list[Drawing] = [
         (
             "Completion times",
             "The further to the left, the sooner; where lines cross, one policy favours short jobs over long ones.",
@@ -492,19 +483,7 @@ def _pictures(replays: Sequence[Replay]) -> tuple[list[dict[str, Any]], list[str
                     lambda width, replay=replay: gantt_figure(replay, width=width, nodes=32 if width > 600 else 16),
                 )
             )
-    pictures: list[dict[str, Any]] = []
-    notes: list[str] = []
-    for number, (title, caption, draw) in enumerate(drawings):
-        try:
-            made = {
-                size: Markup(charts.inline_svg(charts.to_svg(draw(width)), label=title, prefix=f"p{number}-{size}-"))
-                for size, width in (("wide", charts.WIDE), ("narrow", charts.NARROW))
-            }
-        except InputError as error:
-            notes.append(f"{title}: {error.message}.")
-        else:
-            pictures.append({"title": title, "caption": caption, **made})
-    return pictures, notes
+    return drawings
 
 
 def describe_load(load: float, span_seconds: float) -> str:

@@ -334,6 +334,8 @@ class Terminal:
             holds = "is below" if event["is_met"] else "is not below"
             what = f" ({event['what']})" if event.get("what") else ""
             self.err.print(f"mean loss of the last steps, {event['loss']:.4f}, {holds} {event['below']:.4f}{what}")
+        elif kind == "restart":
+            self.err.print(f"started again ({event['attempt']}): {str(event['message']).partition(chr(10))[0]}")
         elif kind == "stopped" and event.get("rank", 0) == 0:
             self.err.print(f"stopped after step {event.get('step')}")
 
@@ -361,6 +363,8 @@ class Terminal:
         self.err.print(text)
         if error.remedy:
             self.err.print(Text("hint: ", style="bold green") + Text(error.remedy))
+        for note in getattr(error, "__notes__", ()):
+            self.err.print(Text("note: ", style="bold") + Text(note))
 
     def close(self) -> None:
         if self._progress is not None:

@@ -80,7 +80,12 @@ def topology_figure(
             _draw_thing(axes, name, at, ranks.get(name), name in is_device)
         if title:
             figure.text(
-                4 / width, 1 - 16 / height, charts._plain(title), fontsize=12.5, color=PALETTE["ink"], parse_math=False
+                4 / width,
+                1 - 16 / height,
+                charts.plain_text(title),
+                fontsize=12.5,
+                color=PALETTE["ink"],
+                parse_math=False,
             )
         _draw_scale(figure, width, height, f"a line: one direction of a link, up to {format_rate(fast)}")
     return figure
@@ -208,7 +213,7 @@ def _draw_thing(axes, name: str, at: _Point, rank: int | None, is_device: bool) 
         )
         label = str(rank) if used else ""
         axes.text(*at, label, ha="center", va="center", color=PALETTE["on-kind"], fontsize=11, zorder=5)
-        axes.text(at[0], at[1] - 0.2, charts._plain(short), ha="center", va="center", color=PALETTE["muted"],
+        axes.text(at[0], at[1] - 0.2, charts.plain_text(short), ha="center", va="center", color=PALETTE["muted"],
                   fontsize=9, zorder=5, parse_math=False)  # fmt: skip
         return
     box = FancyBboxPatch(
@@ -216,7 +221,7 @@ def _draw_thing(axes, name: str, at: _Point, rank: int | None, is_device: bool) 
         edgecolor=PALETTE["muted"], linewidth=0.8, zorder=4,
     )  # fmt: skip
     axes.add_patch(box)
-    axes.text(*at, charts._plain(short), ha="center", va="center", color=PALETTE["ink"], fontsize=8.5, zorder=5,
+    axes.text(*at, charts.plain_text(short), ha="center", va="center", color=PALETTE["ink"], fontsize=8.5, zorder=5,
               parse_math=False)  # fmt: skip
 
 

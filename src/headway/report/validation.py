@@ -172,7 +172,7 @@ def scatter_figure(validation: Validation, quantity: Quantity = "step", *, width
     return _drawn(validation, quantity, width)
 
 
-@charts._styled
+@charts.styled
 def _drawn(validation: Validation, quantity: Quantity, width: float) -> Figure:
     points = []
     for row in validation.rows:
@@ -183,9 +183,9 @@ def _drawn(validation: Validation, quantity: Quantity, width: float) -> Figure:
         raise InputError(f"there is no row with a measured and a predicted {_NAMES[quantity]}", place="validation")
     kinds = sorted({kind for kind, *_ in points})
     legend = [(_colour(at), kind) for at, kind in enumerate(kinds)]
-    top = 18.0 * charts._legend_rows([text for _, text in legend], width) + 26
+    top = 18.0 * charts.legend_rows([text for _, text in legend], width) + 26
     side = min(width - 112, 560.0)
-    figure, axes = charts._canvas(width, side + top + 48, left=100, right=width - 100 - side, top=top, bottom=48)
+    figure, axes = charts.new_canvas(width, side + top + 48, left=100, right=width - 100 - side, top=top, bottom=48)
     low = min(min(measured, predicted) for *_, measured, predicted in points) / 1.3
     high = max(max(measured, predicted) for *_, measured, predicted in points) * 1.3
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
@@ -208,7 +208,7 @@ def _drawn(validation: Validation, quantity: Quantity, width: float) -> Figure:
         axis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(f"measured {_NAMES[quantity]}")
     axes.set_ylabel(f"predicted {_NAMES[quantity]}")
-    charts._legend(figure, legend, width)
+    charts.draw_legend(figure, legend, width)
     axes.text(
         0.98, 0.02, "filled: held out, open: fitted; band: within 10 %", transform=axes.transAxes, ha="right",
         va="bottom", fontsize=10.5, color=PALETTE["muted"],

@@ -1,6 +1,6 @@
 """The machines as the scheduler sees them: nodes of so many devices of one kind, in racks.
 
-A scheduler needs no links: what a placement costs is said by a `Pace` (pace.py), which predicts it once for each model.
+A scheduler needs no links: what a placement costs is said by a `Pace` (pace.py).
 """
 
 from __future__ import annotations
@@ -134,9 +134,11 @@ def parse_fleet(word: str) -> Fleet:
 def fleet_of_cluster(cluster: Cluster, racks: Iterable[tuple[str, str]] = ()) -> Fleet:
     """The nodes of a described or probed cluster; `racks` says (node, rack) where that is known.
 
+    The others are in one rack if the same network switches are next to their NICs.
+
     Raises InputError for a node whose devices are of several kinds: a gang on it could not be told which it has.
     """
-    rack_of = dict(racks)
+    rack_of = _racks_of(cluster) | dict(racks)
     nodes: list[FleetNode] = []
     by_node: dict[str, list[str]] = {}
     for device in cluster.devices:
@@ -145,7 +147,17 @@ def fleet_of_cluster(cluster: Cluster, racks: Iterable[tuple[str, str]] = ()) ->
         if len(set(kinds)) > 1:
             raise InputError(f"has devices of several kinds: {', '.join(sorted(set(kinds)))}", place=f"node {name}")
         memory = cluster.accelerators[kinds[0]].memory_bytes
-        nodes.append(
-            FleetNode(name=name, devices=len(kinds), kind=kinds[0], rack=rack_of.get(name, "r0"), memory_bytes=memory)
-        )
+        nodes.append(FleetNode(name=name, devices=len(kinds), kind=kinds[0], rack=rack_of[name], memory_bytes=memory))
     return Fleet(name=cluster.name, nodes=tuple(nodes)).validate()
+
+
+def _racks_of(cluster: Cluster) -> dict[str, str]:
+    """Node to rack: those whose devices and NICs link to the same switches of no node."""
+    node_of = {device.name: device.node for device in cluster.devices}
+    node_of |= {switch.name: switch.node for switch in cluster.switches}
+    beside: dict[str, set[str]] = {device.node: set() for device in cluster.devices}
+    for link in cluster.links:
+        if node_of[link.source] in beside and not node_of[link.target]:
+            beside[node_of[link.source]].add(link.target)
+    numbers: dict[frozenset[str], int] = {}
+    return {node: f"r{numbers.setdefault(frozenset(found), len(numbers))}" for node, found in beside.items()}

@@ -9,7 +9,8 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
+from itertools import groupby
 
 from headway.schedule.entry import Entry
 from headway.schedule.policies.ordering import Policy, Wish
@@ -35,6 +36,9 @@ class Line:
         self._sizes: dict[int, int] = {}
         self._keys: dict[int, tuple[tuple, int]] = {}
         self._sorted: list[tuple[tuple, int]] = []
+        self._grouped: dict[Hashable, list[int]] = {}  # numbers of those that wait, sorted, of a grouped policy
+        self._group_of: dict[int, Hashable] = {}
+        self._regroupings = policy.regroupings
         self._crossings: list[tuple[float, int]] = []
         self._patiences: list[tuple[float, int]] = []
 
@@ -84,13 +88,25 @@ class Line:
         self._waiting[number] = entry
         if self.patience_seconds < math.inf:
             heapq.heappush(self._patiences, (entry.patience_ends(self.patience_seconds), number))
-        if self.policy.steady:
+        if self.policy.grouped:
+            self._join(entry)
+        elif self.policy.steady:
             key = self._keys[number] = (self.policy.key(entry, entry.since), number)
             insort(self._sorted, key)
+
+    def _join(self, entry: Entry) -> None:
+        group = self._group_of[entry.number] = self.policy.group(entry)
+        insort(self._grouped.setdefault(group, []), entry.number)
 
     def _leave(self, number: int) -> None:
         self._waiting.pop(number, None)
         self.overdue.discard(number)
+        if number in self._group_of:
+            group = self._group_of.pop(number)
+            numbers = self._grouped[group]
+            del numbers[bisect_left(numbers, number)]
+            if not numbers:
+                del self._grouped[group]
         key = self._keys.pop(number, None)
         if key is not None:
             del self._sorted[bisect_left(self._sorted, key)]
@@ -151,10 +167,23 @@ class Line:
         """Those that wait, in the order of a steady policy; nobody may start or stop meanwhile."""
         if self.overdue:
             yield from self.overdue_wishes()
-        for _, number in self._sorted:
+        for number in self._by_group() if self.policy.grouped else (number for _, number in self._sorted):
             if number not in self.overdue:
                 entry = self._waiting[number]
                 yield Wish(entry, entry.job.devices)
+
+    def _by_group(self) -> Iterator[int]:
+        """Numbers of those that wait: groups by their keys now, ties by number."""
+        if self._regroupings != self.policy.regroupings:
+            self._regroupings = self.policy.regroupings
+            self._grouped, self._group_of = {}, {}
+            for number in sorted(self._waiting):
+                self._join(self._waiting[number])
+        ranked = sorted(((self.policy.group_key(group), at) for at, group in enumerate(self._grouped)))
+        groups = list(self._grouped.values())
+        for _, alike in groupby(ranked, key=lambda item: item[0]):
+            numbers = [groups[at] for _, at in alike]
+            yield from numbers[0] if len(numbers) == 1 else heapq.merge(*numbers)
 
     def runners(self, now: float) -> list[tuple[tuple, int]]:
         """(key, number) of those that run, sorted as a steady policy orders them."""
@@ -163,6 +192,7 @@ class Line:
 
     def everybody(self, runners: list[tuple[tuple, int]]) -> Iterator[Wish]:
         """Those that wait and those that run (as `runners` gave them), in the order of a steady policy."""
+        assert not self.policy.grouped, "those that wait in groups are never merged with those that run"
         if self.overdue:
             yield from self.overdue_wishes()
         at, count = 0, len(runners)

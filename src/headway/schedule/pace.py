@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
 
 from headway.errors import InputError
 from headway.schedule.fleet import Fleet
 from headway.schedule.job import Job, ModelProfile
 from headway.value import Value
 
-__all__ = ["Overhead", "Pace", "Scaling"]
+__all__ = ["MeasuredPairs", "Overhead", "Pace", "PlacementCosts", "Scaling"]
 
 
 class Overhead(Value):
@@ -49,10 +50,32 @@ class Overhead(Value):
         return math.floor(worked_seconds / self.checkpoint_seconds) * self.checkpoint_seconds
 
 
+class PlacementCosts(Protocol):
+    """What `Pace` asks of predicted placements (placement/cost.py has them)."""
+
+    def slowdown(self, model: str, nodes: Sequence[int], counts: Sequence[int]) -> float:
+        """Of a job with `counts[i]` devices on node `nodes[i]` of the fleet, over the best placement; at least 1."""
+        ...
+
+
+class MeasuredPairs(Protocol):
+    """What `Pace` asks of measured pairs of jobs (placement/pairs.py has them)."""
+
+    @property
+    def models(self) -> Collection[str]:
+        """Those that were measured."""
+        ...
+
+    def speed(self, model: str, other: str, devices: int, kind: str = "") -> float | None:
+        """Of a job of `model` beside one of `other` on the same devices, over its speed alone; None: not measured."""
+        ...
+
+
 class Pace:
     """Speed of a job relative to the run that its `duration_seconds` is of.
 
-    - spread over more nodes than needed: 1 / its model's `spread_slowdown` (`spread` off: places cost nothing);
+    - on several nodes: 1 / what `costs` predicts for that very placement; without `costs`, on more nodes than needed,
+      1 / its model's `spread_slowdown` (`spread` off: places cost nothing);
     - on another kind of device: `throughputs` of the job, the slowest kind of the gang counting; a kind that the job
       has no figure for: 1;
     - with more or fewer devices than asked for: measured where `scaling` has the model (see policies/goodput.py), else
@@ -67,6 +90,8 @@ class Pace:
         spread: bool = True,
         exponent: float = 0.9,
         scaling: Mapping[str, Scaling] | None = None,
+        costs: PlacementCosts | None = None,
+        pairs: MeasuredPairs | None = None,
     ) -> None:
         if not 0 < exponent <= 1:
             raise InputError(f"the exponent of scaling is {exponent}", place="pace", remedy="above 0, at most 1")
@@ -75,6 +100,8 @@ class Pace:
         self.spread = spread
         self.exponent = exponent
         self.scaling = dict(scaling or {})
+        self.costs = costs
+        self.pairs = pairs
 
     def profile(self, job: Job) -> ModelProfile | None:
         """What is known of the job's model, if anything."""
@@ -88,15 +115,26 @@ class Pace:
             rate = min(job.throughputs.get(self.fleet.nodes[node].kind, 1.0) for node in nodes)
         if devices != job.devices:
             rate *= self.speedup(job, devices)
-        if self.spread and len(nodes) > 1:
+        if not self.spread or len(nodes) < 2:
+            return rate
+        if self.costs is not None:
+            rate /= self.costs.slowdown(job.model, nodes, counts)
+        else:
             profile = self.profiles.get(job.model)
             if profile is not None and len(nodes) > self.fleet.fewest_nodes(job, devices):
                 rate /= profile.spread_slowdown
         return rate
 
-    def shared_rate(self, job: Job, other: Job) -> float:
-        """Speed of a job that shares its devices with another, over its speed alone: they run at full speed together
-        while their utilisations add up to at most 1, and share what there is beyond that (Gandiva's packing)."""
+    def shared_rate(self, job: Job, other: Job, kind: str = "") -> float:
+        """Speed of a job that shares its devices, of that kind, with another, over its speed alone.
+
+        Measured where `pairs` has the two; 0: they can't share. Else they run at full speed together while their
+        utilisations add up to at most 1, and share what there is beyond that (Gandiva's packing).
+        """
+        if self.pairs is not None:
+            measured = self.pairs.speed(job.model, other.model, job.devices, kind)
+            if measured is not None:
+                return measured
         first, second = self.profiles.get(job.model), self.profiles.get(other.model)
         wanted = (first.utilisation if first else 1.0) + (second.utilisation if second else 1.0)
         return min(1.0, 1.0 / wanted)

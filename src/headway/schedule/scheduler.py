@@ -447,9 +447,12 @@ class Scheduler:
         if target.host >= 0:
             host = self.entries[target.host]
             entry.shares = host.shares
-            rate = self.pace.shared_rate(job, host.job) * self._rate(job, host.counts)
+            device = self.fleet.nodes[host.counts[0][0]].kind
+            rate = self.pace.shared_rate(job, host.job, device) * self._rate(job, host.counts)
             entry.seat(now, overhead, rate, host.counts)
-            self._change_rate(host, now, self.pace.shared_rate(host.job, job) * self._rate(host.job, host.counts))
+            self._change_rate(
+                host, now, self.pace.shared_rate(host.job, job, device) * self._rate(host.job, host.counts)
+            )
         else:
             entry.shares = self.seating.take(target.counts)
             entry.seat(now, overhead, self._rate(job, target.counts), target.counts)

@@ -17,15 +17,18 @@ import multiprocessing
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from headway.errors import FieldError, InputError, MissingExtraError
+from headway.hardware.cluster import Cluster
 from headway.schedule.fast.engine import run
 from headway.schedule.fleet import Fleet, fleet_of_cluster, parse_fleet, uniform_fleet
 from headway.schedule.job import ModelProfile
-from headway.schedule.pace import Overhead, Pace
+from headway.schedule.pace import Overhead, Pace, PlacementCosts
+from headway.schedule.placement.cost import PlacementCost
+from headway.schedule.placement.pairs import PairSpeeds
 from headway.schedule.placement.rules import make_placement
 from headway.schedule.policies.catalog import make_policy
 from headway.schedule.summary import Replay, Summary, summarise
@@ -33,9 +36,23 @@ from headway.schedule.traces.read import Trace
 from headway.schedule.traces.synthetic import jitter, resample
 from headway.value import Value, read_text
 
-__all__ = ["BACKENDS", "VARIATIONS", "Case", "Played", "cases_of", "find_fleet", "play_cases", "vary"]
+__all__ = [
+    "BACKENDS",
+    "PLACEMENT_COSTS",
+    "VARIATIONS",
+    "Case",
+    "Played",
+    "cases_of",
+    "find_fleet",
+    "find_machines",
+    "play_cases",
+    "vary",
+]
 
 BACKENDS = ("processes", "ray")
+PLACEMENT_COSTS = ("parameter-server", "all-reduce", "published", "none")
+"""What being on several nodes costs a job whose model is known: predicted for the very placement, with parameter
+servers or all-reduce; one published factor for each model, wherever it is spread (Tiresias's figure 3); nothing."""
 VARIATIONS = ("resample", "jitter", "draw")
 _JITTER_SECONDS = 3600.0
 _SWITCHES = ("num_switch", "num_node_p_switch", "num_gpu_p_node")
@@ -46,8 +63,8 @@ class Case(Value):
 
     `thresholds` in device-seconds (empty: the policy's own), `promote_knob`, `quantum_seconds` (0: the policy's own),
     `patience_seconds` (0: the policy's own; below 0: endless), `overhead` of preemption, `engine` as in
-    `headway.schedule.fast.ENGINES`. `spread`: whether jobs on several nodes run slower. `keep`: keep segments,
-    which pictures need.
+    `headway.schedule.fast.ENGINES`. `placement_cost`: one of `PLACEMENT_COSTS`. `keep`: keep segments, which pictures
+    need.
     """
 
     policy: str
@@ -59,7 +76,7 @@ class Case(Value):
     patience_seconds: float = 0.0
     overhead: Overhead = Overhead()
     engine: str = "auto"
-    spread: bool = True
+    placement_cost: str = "parameter-server"
     keep: bool = False
 
 
@@ -78,20 +95,29 @@ class _Room(NamedTuple):
     fleet: Fleet
     profiles: Mapping[str, ModelProfile]
     history: Sequence[float]
+    costs: Mapping[str, PlacementCosts | None]
+    pairs: PairSpeeds | None
 
 
 def find_fleet(spec: str) -> Fleet:
-    """A fleet as a word (`n256g8`), a cluster file of Tiresias's (`.csv`), a preset or a file of ours.
+    """The fleet of `find_machines`."""
+    return find_machines(spec)[0]
+
+
+def find_machines(spec: str) -> tuple[Fleet, Cluster | None]:
+    """A fleet as a word (`n256g8`), a cluster file of Tiresias's (`.csv`), a preset or a file of ours; and its links,
+    where they are known, of the same nodes in the same order.
 
     Raises InputError, FileError, FieldError, ClusterError.
     """
     if re.fullmatch(r"n[0-9]+g[0-9]+(r[0-9]+)?", spec):
-        return parse_fleet(spec)
+        return parse_fleet(spec), None
     if spec.lower().endswith(".csv"):
-        return _tiresias_fleet(spec)
+        return _tiresias_fleet(spec), None
     from headway.hardware.catalog import load_cluster
 
-    return fleet_of_cluster(load_cluster(spec))
+    cluster = load_cluster(spec)
+    return fleet_of_cluster(cluster), cluster
 
 
 def _tiresias_fleet(path: str) -> Fleet:
@@ -143,7 +169,11 @@ def play_case(case: Case, room: _Room) -> Played:
     placement = make_placement(case.placement, profiles=room.profiles, seed=case.seed)
     replay = run(
         room.traces[case.seed], room.fleet, policy, placement,
-        pace=Pace(room.fleet, room.profiles, spread=case.spread), overhead=case.overhead,
+        pace=Pace(
+            room.fleet, room.profiles, spread=case.placement_cost != "none", costs=room.costs.get(case.placement_cost),
+            pairs=room.pairs,
+        ),
+        overhead=case.overhead,
         patience_seconds=_patience(case), engine=case.engine, keep_segments=case.keep,
     )  # fmt: skip
     replay = replay._replace(policy=case.policy, placement=case.placement)
@@ -175,9 +205,14 @@ def play_cases(
     workers: int = 0,
     backend: str = "processes",
     progress: Callable[[int, int, Case], None] | None = None,
+    cluster: Cluster | None = None,
+    pairs: PairSpeeds | None = None,
 ) -> list[Played]:
     """Play all cases, in the order given; `traces` by seed.
 
+    - `profiles`: of the models that are known; placements cost the others nothing, whatever a case says. `cluster`: the
+      links of the fleet's nodes, as `find_machines` gave them, by which the cost of placements is predicted. `pairs`:
+      measured speeds of jobs that share devices, for Gandiva's packing.
     - `history`: services of past jobs in device-seconds, for the policies that need one.
     - `workers`: processes; 0: one for each core that this process may use, 1: this process.
     - `backend`: one of `BACKENDS`; Ray runs the cases wherever it is connected to. Raises MissingExtraError without it.
@@ -185,7 +220,14 @@ def play_cases(
     """
     if backend not in BACKENDS:
         raise InputError(f"no backend {backend!r}", place="study", remedy=f"one of {', '.join(BACKENDS)}")
-    room = _Room(dict(traces), fleet, dict(profiles or {}), tuple(history))
+    for case in cases:
+        if case.placement_cost not in PLACEMENT_COSTS:
+            raise InputError(
+                f"no placement cost {case.placement_cost!r}", place="study",
+                remedy=f"one of {', '.join(PLACEMENT_COSTS)}",
+            )  # fmt: skip
+    costs = _costs({case.placement_cost for case in cases}, traces, fleet, profiles or {}, cluster)
+    room = _Room(dict(traces), fleet, dict(profiles or {}), tuple(history), costs, pairs)
     for case in cases:
         if case.seed not in room.traces:
             raise InputError(f"there is no trace for seed {case.seed}", place="study", remedy="give one for each seed")
@@ -196,6 +238,29 @@ def play_cases(
         if progress is not None:
             progress(len(found), len(cases), played.case)
     return [found[at] for at in range(len(cases))]
+
+
+def _costs(
+    wanted: Collection[str],
+    traces: Mapping[int, Trace],
+    fleet: Fleet,
+    profiles: Mapping[str, ModelProfile],
+    cluster: Cluster | None,
+) -> dict[str, PlacementCosts | None]:
+    """What is predicted once for all processes: of the models of the traces, for each of the wanted architectures."""
+    models = {job.model for trace in traces.values() for job in trace.jobs if job.devices > 1} & set(profiles)
+    found: dict[str, PlacementCosts | None] = {}
+    for architecture in ("parameter-server", "all-reduce"):
+        if architecture in wanted:
+            # Of models that nothing is known of, nothing is predicted either; the published factors are not asked for.
+            found[architecture] = PlacementCost(fleet, {}, ports=[1.0] * len(fleet.nodes))
+            if models:
+                # Imported late: predicting compute needs torch, and most traces name no model.
+                from headway.schedule.placement.prediction import predict_placement_cost
+
+                predicted = predict_placement_cost(fleet, models, cluster, architecture=architecture)
+                found[architecture] = predicted or found[architecture]
+    return found
 
 
 def _in_processes(cases: Sequence[Case], room: _Room, workers: int) -> Iterator[tuple[int, Played]]:

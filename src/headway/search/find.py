@@ -132,14 +132,16 @@ def _does_not_fit(space: Space, predictor: Predictor, found: Found) -> DoesNotFi
     # Single precision needs more, not less.
     fixed = msgspec.structs.replace(space.constraints, precision=None).describe()
     remedies = ["use more devices or devices with more memory"]
+    if space.constraints.offload == "none":
+        remedies.append("states that rest on the host or on disk (headway plan --offload any)")
     if space.workload.global_batch > plan.data:
         remedies.append("a smaller batch")
     if fixed:
         remedies.append(f"leave open what was fixed ({fixed})")
     return DoesNotFitError(
         f"no plan for {plan.model} fits; the nearest needs {format_bytes(memory.total_bytes)} on rank {rank} where "
-        f"{used}{format_bytes(has)} can be used: {format_bytes(max(lacking))} too little, "
-        f"{_largest(memory)}{giant}",
+        f"{used}{format_bytes(has)} can be used: {format_bytes(max(lacking))} too little; "
+        f"the largest part is {_largest(memory)}{giant}",
         place=f"{space.cluster.name}: {plan.describe()}",
         remedy=", or ".join(remedies),
     )

@@ -122,16 +122,21 @@ class _Plans:
             tensor_sharding=split.sharding,
             precision=self.space.precision,
             exchange=fixed.exchange,
-        ).validate(self.workload.graph, self.cluster)
+        ).validate(self.workload.graph)  # its devices are those of a placement
 
     def judge(self, plan: Plan) -> tuple[float, Prediction, bool]:
         """(energy, prediction, whether it fits)."""
         prediction = self.predictor.predict(plan)
-        needs: dict[Any, float] = {
-            id(memory) if len(self.cluster.accelerators) == 1 else (id(memory), name): memory.total_bytes
-            / self.room[name]
-            for name, memory in zip(plan.devices, prediction.memory, strict=True)
-        }
+        # Ranks that are alike share one record: of 16,384 a few are told apart.
+        memories, keys = prediction.memory, map(id, prediction.memory)
+        needs: dict[Any, float]
+        if len(self.cluster.accelerators) == 1:
+            (room,) = set(self.room.values())
+            needs = {key: memory.total_bytes / room for key, memory in dict(zip(keys, memories, strict=True)).items()}
+        else:
+            rooms = map(self.room.__getitem__, plan.devices)
+            held = dict(zip(zip(keys, rooms, strict=True), memories, strict=True))
+            needs = {key: memory.total_bytes / key[1] for key, memory in held.items()}
         elsewhere = self.predictor.stages.tiers
         is_here = plan.parameters_on == plan.optimizer_on == plan.activations_on == "device"
         for name, memory in () if is_here else zip(plan.devices, prediction.memory, strict=True):

@@ -24,6 +24,7 @@ from headway.plan.plan import Plan, Stage
 from headway.predict import communication as comm
 from headway.predict.communication import Channel
 from headway.predict.operators import WHOLE, Shards
+from headway.predict.replicas import gradient_reduction
 from headway.predict.step import Predictor
 from headway.search.problem import Assignment, Option, StageProblem
 from headway.workload.graph import Graph, Workload
@@ -214,6 +215,7 @@ class _Tables:
         self.total = sum(map(len, self.devices))
         self.crowded = self.total > 1
         self._layers: dict[tuple, _Layers] = {}
+        self.trainable_tensors = max(1, sum(parameter.trainable for parameter in self.graph.parameters))
         self.never = np.tril(np.ones((self.count + 1, self.count + 1), dtype=bool))
         # Where a stage holds several readers of one parameter, it holds that once.
         self.tied = [
@@ -329,7 +331,11 @@ class _Tables:
             overlaps = kind.torch_device != "cpu"
             if option.zero_stage < 2:
                 bucket = min(float(_BUCKET_BYTES), max(float(trainable.max()), 1.0))
-                whole = trainable * (comm.all_reduce_seconds(bucket, channel) / bucket)
+                reduce = gradient_reduction(
+                    option.zero_stage, self.workload.recipe.framework, optimizer_on="device",
+                    tensor_bytes=float(layers.trainable_bytes.sum()) / self.trainable_tensors,
+                )  # fmt: skip
+                whole = trainable * (reduce(bucket, channel) / bucket)
                 hidden = np.minimum(whole, backward) * (1 - np.minimum(1, bucket / np.maximum(trainable, 1)))
                 once += whole - (hidden if overlaps else 0.0)
                 if option.zero_stage:

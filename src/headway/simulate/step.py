@@ -18,30 +18,18 @@ the closed form's assumptions about the schedule enters; docs/simulate.md tells 
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Generator, Hashable, Mapping, Sequence
-from statistics import NormalDist
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
 
-from headway.errors import DisconnectedError, InputError
-from headway.hardware.cluster import Accelerator, Cluster
+from headway.errors import InputError
 from headway.plan.plan import Plan
-from headway.predict.parts import Parts, RankParts, StageParts
-from headway.predict.pipeline import WEIGHT, Cell, order_of_rank
 from headway.predict.step import Predictor
-from headway.simulate.engine import Engine, Event
-from headway.simulate.faults import DeviceLost, DeviceSlowed, Fault, Faults, LinkChanged
-from headway.simulate.played import Pass, Played, StageWork, StepSimulation
-from headway.simulate.streams import Media, Pace, Stream
-from headway.simulate.symmetry import Kind, Team, kinds_of
+from headway.simulate.attempt import Attempt
+from headway.simulate.faults import DeviceSlowed, Fault, Faults, LinkChanged
+from headway.simulate.played import Played, StepSimulation
+from headway.simulate.setting import Setting
+from headway.simulate.streams import Pace
 
 __all__ = ["simulate_step"]
-
-_NORMAL = NormalDist()
-# Compute that lost less than this share of its time to communication beside it is done.
-_NEGLIGIBLE = 1e-6
-# Axes of communication that a medium may be shared among.
-_AXES = ("inside", "data", "send")
 
 
 def simulate_step(
@@ -74,731 +62,67 @@ def simulate_step(
         if not least <= value < math.inf:
             raise InputError(f"{value:g} is too little", place=name, remedy=f"give at least {least:g}")
     Faults(faults=tuple(faults)).validate(plan, predictor.cluster)
-    run = _Run(predictor, plan, slower, jitter, tuple(faults), seed)
-    return run.play(steps, checkpoint_steps)
+    setting = Setting(predictor, plan, slower, jitter, tuple(faults), seed)
+    return _play(setting, steps, checkpoint_steps)
 
 
-# --------------------------------------------------------------------------------------------- what a stage has to do
-
-
-class _Work(NamedTuple):
-    """What a team does: its stages by position, and what comes once in a step."""
-
-    stages: dict[int, StageWork]
-    once: RankParts
-    overlaps: bool  # communication goes on beside compute
-    slowdown: float  # seconds that compute loses for each second of communication beside it
-
-
-def _work_of(predictor: Predictor, plan: Plan, rank: int, kinds: tuple[Accelerator, ...]) -> _Work:
-    """The work of pipeline rank `rank` on devices of these kinds."""
-    times = predictor.stages
-    layout = times.layout_of(plan)
-    channels = layout.channels[rank]
-    overlaps = times.overlaps(plan, kinds)
-    return _Work(
-        {
-            at: _stage_of(predictor, plan, at, times.parts(plan, at, kinds, channels), kinds[0], overlaps)
-            for at in plan.stages_of(rank)
-        },
-        predictor.replicas.parts(plan, rank, kinds, channels, layout.along),
-        overlaps,
-        times.slowdown(kinds[0]),
-    )
-
-
-def _stage_of(
-    predictor: Predictor, plan: Plan, position: int, parts: StageParts, kind: Accelerator, overlaps: bool
-) -> StageWork:
-    times = predictor.stages
-    stage = plan.stages[position]
-    rank = position % plan.pipeline
-    shards = times.shards_of(plan, rank)
-    share = plan.samples_of(rank) / plan.context
-    columns = times.layer_times(kind, plan.world_size > 1, share, shards, plan.precision)
-    layers = range(stage.start, stage.stop)
-    weight = parts.backward_weight if plan.schedule == "zero_bubble" else 0.0
-    hidden = overlaps and plan.zero_stage >= 2
-    exchanges = [("tensor", parts.tensor), ("context", parts.context), ("expert", parts.expert)]
-    exchanges.append(("copies", parts.transfer))
-    if not hidden:
-        exchanges += [("gather", parts.gather), ("scatter", parts.scatter)]
-    sizes = [predictor.sizes.parameters(at, at + 1, shards, plan.expert) for at in layers]
-    held = _shares([size.bytes for size in sizes])
-    gradients = [times.gradient_bytes(size) for size in sizes]
-    there, back = (), ()
-    scatters: tuple[float, ...] = ()
-    if hidden:
-        there, back = (
-            tuple(each * seconds for each in held) if seconds else ()
-            for seconds in (parts.gather.forward, parts.gather.backward)
-        )
-        scatters = tuple(each * parts.scatter.backward for each in _shares(gradients))
-    return StageWork(
-        compute=(parts.forward, parts.backward - weight, weight),
-        inside=(
-            tuple((lane, each.exposed_forward) for lane, each in exchanges if each.exposed_forward),
-            tuple((lane, each.exposed_backward) for lane, each in exchanges if each.exposed_backward),
-            (),
-        ),
-        layers=(
-            _shares([columns.forward[at + 1] - columns.forward[at] for at in layers]),
-            _shares([columns.backward[at + 1] - columns.backward[at] for at in layers]),
-        ),
-        gathers=(there, back),
-        scatters=scatters,
-        gradients=tuple(gradients),
-    )
-
-
-def _shares(values: Sequence[float]) -> tuple[float, ...]:
-    total = sum(values)
-    return tuple(value / total for value in values) if total else (1 / len(values),) * len(values)
-
-
-# ------------------------------------------------------------------------------------------- what holds for every step
-
-
-class _Links(NamedTuple):
-    """How fast the axes of each pipeline rank communicate, by (axis, pipeline rank); and what cannot be mended."""
-
-    paces: dict[tuple[str, int], list[tuple[float, float]]]
-    cut: tuple[LinkChanged, ...]  # no way round it
-
-
-class _Run:
-    """What does not change from one attempt to the next."""
-
-    def __init__(
-        self, predictor: Predictor, plan: Plan, slower: dict[int, float], jitter: float, faults: tuple[Fault, ...],
-        seed: int,
-    ) -> None:  # fmt: skip
-        self.predictor = predictor
-        self.plan = plan
-        self.slower = slower
-        self.jitter = jitter
-        self.faults = faults
-        self.seed = seed
-        self.parts: Parts = predictor.parts(plan)
-        self.rank_of = {name: rank for rank, name in enumerate(plan.devices)}
-        cluster = predictor.cluster
-        self.device_of = {device.name: device for device in cluster.devices}
-        self.kinds = kinds_of(plan, self._own)
-        works: dict[tuple, _Work] = {}
-        self.works = [self._work_of(kind.one, works) for kind in self.kinds]  # by kind
-        # Times that were measured do not follow links that change: what a change does is asked of the formulas.
-        formulas = predictor
-        if predictor.measured is not None:
-            formulas = Predictor(predictor.workload, cluster, predictor.profile)
-        self.usual = _axis_seconds(formulas.parts(plan), plan)
-        self.links = self._follow_links()
-
-    # -- what sets ranks apart
-
-    def _own(self, team: Team) -> Hashable:
-        """What distinguishes a team from others of its pipeline rank."""
-        names = [self.plan.devices[rank] for rank in team.ranks]
-        hit = tuple(
-            (position, fault.device)
-            for position, fault in enumerate(self.faults)
-            if not isinstance(fault, LinkChanged) and fault.device in names
-        )
-        slow = tuple((at, self.slower[rank]) for at, rank in enumerate(team.ranks) if rank in self.slower)
-        kinds = frozenset(self.device_of[name].accelerator for name in names)
-        return (self.micro_batches(team), slow, hit, kinds, team.first if self.jitter else 0)
-
-    def micro_batches(self, team: Team) -> int:
-        """How many micro-batches a team works through: its share, where replicas have different ones."""
-        if self.plan.shares:
-            return max(self.plan.shares[team.first : team.stop], default=self.plan.micro_batches)
-        return self.plan.micro_batches
-
-    def _work_of(self, team: Team, known: dict[tuple, _Work]) -> _Work:
-        cluster = self.predictor.cluster
-        names = dict.fromkeys(self.device_of[self.plan.devices[rank]].accelerator for rank in team.ranks)
-        key = (team.pipeline, *names)
-        if key not in known:
-            kinds = tuple(cluster.accelerators[name] for name in names)
-            known[key] = _work_of(self.predictor, self.plan, team.pipeline, kinds)
-        return known[key]
-
-    def pace_of(self, ranks: Sequence[int], gone: set[int]) -> Pace:
-        """How fast these ranks compute when each waits for the slowest of them, `gone` faults left out."""
-        names = {self.plan.devices[rank] for rank in ranks}
-        base = {self.plan.devices[rank]: self.slower.get(rank, 1.0) for rank in ranks}
-        slowed = [fault for fault in self.faults if isinstance(fault, DeviceSlowed) and fault.device in names]
-        lost = [
-            fault.seconds
-            for position, fault in enumerate(self.faults)
-            if isinstance(fault, DeviceLost) and fault.device in names and position not in gone
-        ]
-        times = {0.0, *(fault.seconds for fault in slowed), *lost}
-        times |= {fault.seconds + fault.lasts_seconds for fault in slowed if fault.lasts_seconds}
-        changes = []
-        for time in sorted(times):
-            factors = dict(base)
-            for fault in slowed:
-                if fault.seconds <= time and not (fault.lasts_seconds and time >= fault.seconds + fault.lasts_seconds):
-                    factors[fault.device] *= fault.factor
-            changes.append((time, 0.0 if any(when <= time for when in lost) else 1 / max(factors.values())))
-        return Pace(changes if any(speed != 1.0 for _, speed in changes) else ())
-
-    # -- links
-
-    def _follow_links(self) -> _Links:
-        """What changed links do to each axis: the predictor is asked again about the cluster as it is from then on."""
-        changed = [fault for fault in self.faults if isinstance(fault, LinkChanged)]
-        if not changed:
-            return _Links({}, ())
-        times = {fault.seconds for fault in changed}
-        times |= {fault.seconds + fault.lasts_seconds for fault in changed if fault.lasts_seconds}
-        usual = self.usual
-        paces: dict[tuple[str, int], list[tuple[float, float]]] = {key: [] for key in usual}
-        cut: list[LinkChanged] = []
-        for time in sorted(times):
-            active = [
-                fault
-                for fault in changed
-                if fault.seconds <= time and not (fault.lasts_seconds and time >= fault.seconds + fault.lasts_seconds)
-            ]
-            try:
-                predictor = Predictor(
-                    self.predictor.workload, _altered(self.predictor.cluster, active), self.predictor.profile
-                )
-                now = _axis_seconds(predictor.parts(self.plan), self.plan)
-            except DisconnectedError:
-                now = dict.fromkeys(usual, math.inf)
-                cut += [fault for fault in active if not fault.scale and fault not in cut]
-            for key, seconds in usual.items():
-                paces[key].append((time, seconds / now[key] if seconds else 1.0))
-        return _Links(paces, tuple(cut))
-
-    # -- attempts
-
-    def play(self, steps: int, checkpoint_steps: int) -> StepSimulation:
-        """Attempt after attempt, until all steps are done."""
-        gone: set[int] = set()
-        begun, first = 0.0, 0
-        attempts: list[Played] = []
-        while True:
-            fatal = self._next_fatal(gone, begun)
-            deadline = math.inf
-            if fatal is not None:
-                fault = self.faults[fatal]
-                assert not isinstance(fault, DeviceSlowed)
-                deadline = max(begun, fault.seconds) + fault.detection_seconds
-            attempt = _Attempt(self, gone, begun, first, steps)
-            played = attempt.play(deadline)
-            attempts.append(played)
-            if fatal is None or played.is_complete:
-                break
-            fault = self.faults[fatal]
+def _play(setting: Setting, steps: int, checkpoint_steps: int) -> StepSimulation:
+    """Attempt after attempt, until all steps are done."""
+    gone: set[int] = set()
+    begun, first = 0.0, 0
+    attempts: list[Played] = []
+    while True:
+        fatal = _next_fatal(setting, gone, begun)
+        deadline = math.inf
+        if fatal is not None:
+            fault = setting.faults[fatal]
             assert not isinstance(fault, DeviceSlowed)
-            gone.add(fatal)
-            if isinstance(fault, LinkChanged):  # all links are repaired together
-                gone |= {
-                    at for at, each in enumerate(self.faults) if each in self.links.cut and each.seconds <= deadline
-                }
-            begun = deadline + fault.restart_seconds
-            # Steps done since the checkpoint are done again.
-            first = (first + len(played.ends)) // checkpoint_steps * checkpoint_steps
-        works = [work.stages for work in self.works]
-        offloads = [work.once.offload for work in self.works]
-        return StepSimulation(self.plan, self.kinds, tuple(attempts), steps, works, self._paces(gone), offloads)
-
-    def _paces(self, gone: set[int]) -> dict[tuple[int, int], tuple[Pace, Pace]]:
-        """For the teams whose ranks are not equally fast: each rank's own pace, and that of all together."""
-        apart = set(self.slower) | {
-            self.rank_of[fault.device] for fault in self.faults if isinstance(fault, DeviceSlowed)
-        }
-        found = {}
-        for number, kind in enumerate(self.kinds):
-            ranks = kind.one.ranks
-            if len(ranks) > 1 and apart & set(ranks):
-                together = self.pace_of(ranks, gone)
-                for position, rank in enumerate(ranks):
-                    found[number, position] = (self.pace_of((rank,), gone), together)
-        return found
-
-    def _next_fatal(self, gone: set[int], begun: float) -> int | None:
-        """The first fault still to come after which the job must begin again."""
-        found = None
-        for position, fault in enumerate(self.faults):
-            if position in gone or isinstance(fault, DeviceSlowed):
-                continue
-            if isinstance(fault, LinkChanged):
-                back = fault.seconds + fault.lasts_seconds if fault.lasts_seconds else math.inf
-                if fault not in self.links.cut or back <= max(begun, fault.seconds) + fault.detection_seconds:
-                    continue
-            if found is None or fault.seconds < self.faults[found].seconds:
-                found = position
-        return found
+            deadline = max(begun, fault.seconds) + fault.detection_seconds
+        attempt = Attempt(setting, gone, begun, first, steps)
+        played = attempt.play(deadline)
+        attempts.append(played)
+        if fatal is None or played.is_complete:
+            break
+        fault = setting.faults[fatal]
+        assert not isinstance(fault, DeviceSlowed)
+        gone.add(fatal)
+        if isinstance(fault, LinkChanged):  # all links are repaired together
+            gone |= {
+                at for at, each in enumerate(setting.faults) if each in setting.links.cut and each.seconds <= deadline
+            }
+        begun = deadline + fault.restart_seconds
+        # Steps done since the checkpoint are done again.
+        first = (first + len(played.ends)) // checkpoint_steps * checkpoint_steps
+    works = [work.stages for work in setting.works]
+    offloads = [work.once.offload for work in setting.works]
+    return StepSimulation(setting.plan, setting.kinds, tuple(attempts), steps, works, _paces(setting, gone), offloads)
 
 
-def _axis_seconds(parts: Parts, plan: Plan) -> dict[tuple[str, int], float]:
-    """How long each axis of each pipeline rank communicates, by itself."""
-    found: dict[tuple[str, int], float] = {}
-    for rank in range(plan.pipeline):
-        held = [parts.stages[at] for at in plan.stages_of(rank)]
-        inside = sum(
-            each.forward + each.backward for stage in held for each in (stage.tensor, stage.context, stage.expert)
-        )
-        data = sum(each.forward + each.backward for stage in held for each in (stage.gather, stage.scatter))
-        own = parts.ranks[rank]
-        found["inside", rank] = inside
-        found["data", rank] = data + own.exchanged + own.after
-        found["send", rank] = parts.sends[rank]
-    found["loss", 0] = parts.loss
+def _paces(setting: Setting, gone: set[int]) -> dict[tuple[int, int], tuple[Pace, Pace]]:
+    """For the teams whose ranks are not equally fast: each rank's own pace, and that of all together."""
+    apart = set(setting.slower) | {
+        setting.rank_of[fault.device] for fault in setting.faults if isinstance(fault, DeviceSlowed)
+    }
+    found = {}
+    for number, kind in enumerate(setting.kinds):
+        ranks = kind.one.ranks
+        if len(ranks) > 1 and apart & set(ranks):
+            together = setting.pace_of(ranks, gone)
+            for position, rank in enumerate(ranks):
+                found[number, position] = (setting.pace_of((rank,), gone), together)
     return found
 
 
-def _altered(cluster: Cluster, faults: Sequence[LinkChanged]) -> Cluster:
-    """The cluster while these faults last."""
-    scale: dict[tuple[str, str], float] = {}
-    for fault in faults:
-        there, back = (fault.source, fault.target), (fault.target, fault.source)
-        for pair in (there, back) if fault.both_ways else (there,):
-            scale[pair] = scale.get(pair, 1.0) * fault.scale
-    links = []
-    for link in cluster.links:
-        share = scale.get((link.source, link.target), 1.0)
-        if share:
-            fields = {name: getattr(link, name) for name in link.__struct_fields__}
-            links.append(type(link)(**{**fields, "bytes_per_second": link.bytes_per_second * share}))
-    fields = {name: getattr(cluster, name) for name in cluster.__struct_fields__}
-    return Cluster(**{**fields, "links": tuple(links)})
-
-
-# ---------------------------------------------------------------------------------------------------------- one attempt
-
-
-class _Group:
-    """The replicas of one pipeline rank: a collective begins when the last of them has come to it."""
-
-    def __init__(self, engine: Engine, stream: Stream) -> None:
-        self.engine = engine
-        self.stream = stream
-        self._meetings: dict[Hashable, tuple[Event, list[float]]] = {}
-
-    def join(self, what: tuple, seconds: float, expected: int) -> Event:
-        """One more has come to `what`, which takes the longest that any says; happens at the end of it."""
-        event, said = self._meetings.setdefault(what, (self.engine.event(str(what)), []))
-        said.append(seconds)
-        if len(said) == expected:
-            del self._meetings[what]
-            self.stream.submit(max(said), what, event)
-        return event
-
-
-class _Player:
-    """One kind of team at work: its streams, and the record of its passes."""
-
-    def __init__(self, number: int, kind: Kind, run: _Run, attempt: _Attempt) -> None:
-        team = kind.one
-        self.number = number
-        self.kind = kind
-        self.pipeline = team.pipeline
-        plan = run.plan
-        self.micro_batches = run.micro_batches(team)
-        self.order: tuple[Cell, ...] = order_of_rank(
-            plan.schedule, team.pipeline, plan.pipeline, plan.virtual_stages, self.micro_batches
-        )
-        self.pace = run.pace_of(team.ranks, attempt.gone)
-        self.work = run.works[number]
-        self.group = attempt.groups[team.pipeline]
-        self.inside, self.forth, self.back = attempt.streams_of(number, kind)
-        # Copies of gradients to another tier, and the update there with what it reads, writes and sends back.
-        self.copies, self.host = Stream(attempt.engine, Pace(())), Stream(attempt.engine, Pace(()))
-        self.last_update: Event | None = None
-        self.passes: list[Pass] = []
-        self.updates: list[tuple[float, float]] = []
-        self.outstanding: list[Event] = []
-        self.random = random.Random(f"{run.seed}/{team.ranks[0]}")
-        self.filled = 0.0
-        self.buckets = 0
-
-
-class _Attempt:
-    """The steps from `first` on, begun at `begun`, until all are done or it is stopped."""
-
-    def __init__(self, run: _Run, gone: set[int], begun: float, first: int, steps: int) -> None:
-        self.run = run
-        self.plan = run.plan
-        self.gone = set(gone)
-        self.begun = begun
-        self.first, self.steps = first, steps
-        self.engine = Engine(run.seed)
-        if begun:
-            self.engine.run(until=begun)
-        self.lost = self._losses()
-        self._arrivals: dict[tuple, Event] = {}
-        self._never = self.engine.event("what never happens")
-        self._shared = self._shared_media()
-        self.media = self._make_media()
-        self.groups = [_Group(self.engine, self._group_stream(rank)) for rank in range(self.plan.pipeline)]
-        self.everybody = _Group(self.engine, Stream(self.engine, self._pace("loss", 0, range(self.plan.pipeline))))
-        self.tied = {
-            stages: _Group(self.engine, Stream(self.engine, self._pace("send", stages[0], stages)))
-            for stages in {self._holders(rank) for rank in range(self.plan.pipeline)} - {()}
-        }
-        self.players = [_Player(number, kind, run, self) for number, kind in enumerate(run.kinds)]
-        self.of_rank = [sum(kind.one.pipeline == rank for kind in run.kinds) for rank in range(self.plan.pipeline)]
-        self.ends: list[float] = []
-
-    # -- who can be slowed down by what
-
-    def _losses(self) -> dict[int, float]:
-        """Rank to when it is lost in this attempt."""
-        return {
-            self.run.rank_of[fault.device]: max(self.begun, fault.seconds)
-            for position, fault in enumerate(self.run.faults)
-            if isinstance(fault, DeviceLost) and position not in self.gone
-        }
-
-    def _pace(self, axis: str, rank: int, concerned: Sequence[int] = (), ranks: Sequence[int] = ()) -> Pace:
-        """Of the communication of an axis; it stops when one of `ranks`, or of these pipeline ranks, is lost."""
-        changes = self._link_changes(axis, rank)
-        losses = [
-            when for lost, when in self.lost.items() if lost in ranks or self.plan.coordinates(lost)[0] in concerned
-        ]
-        if losses:
-            when = min(losses)
-            changes = [change for change in changes if change[0] < when] + [(when, 0.0)]
-        return Pace(changes)
-
-    def _link_changes(self, axis: str, rank: int) -> list[tuple[float, float]]:
-        cut = {position for position, fault in enumerate(self.run.faults) if fault in self.run.links.cut}
-        if cut & self.gone:  # mended while all were stopped
-            return [change for change in self.run.links.paces.get((axis, rank), []) if change[1] > 0]
-        return self.run.links.paces.get((axis, rank), [])
-
-    # -- media that several axes share
-
-    def _shared_media(self) -> dict[int, dict[str, str]]:
-        """Of each kind of team, the axes that share a medium with another: axis to "network" or "node"."""
-        found = {}
-        for number, kind in enumerate(self.run.kinds):
-            media = {axis: self._medium(kind.one, axis) for axis in _AXES}
-            used = [medium for medium in media.values() if medium]
-            found[number] = {axis: medium for axis, medium in media.items() if medium and used.count(medium) > 1}
-        return found
-
-    def _medium(self, team: Team, axis: str) -> str:
-        """What an axis of a team communicates over: "network", "node", or "" if it does not communicate."""
-        plan, rank = self.plan, team.ranks[0]
-        if not self.run.usual[axis, team.pipeline] and (axis != "send" or plan.pipeline == 1):
-            return ""
-        if axis == "inside":
-            others = team.ranks
-        elif axis == "data":
-            others = (*plan.data_group(rank), *plan.context_group(rank))
-        else:
-            neighbours = {(team.pipeline + step) % plan.pipeline for step in (1, -1)}
-            others = tuple(plan.first_rank(each) + team.ranks[0] % plan.width(each) for each in neighbours)
-        nodes = {self.run.device_of[plan.devices[each]].node for each in (rank, *others)}
-        return "network" if len(nodes) > 1 else "node"
-
-    def _make_media(self) -> Media | None:
-        """A port in and a port out for each kind of team and medium; None where nothing is shared."""
-        self._paths: dict[Hashable, int] = {}
-        if not any(self._shared.values()):
-            return None
-        paths: list[list[int]] = []
-        kinds = self.run.kinds
-
-        def ports(number: int, medium: str) -> tuple[int, int]:
-            base = 4 * number + (2 if medium == "network" else 0)
-            return base, base + 1
-
-        def add(key: Hashable, path: list[int]) -> None:
-            self._paths[key] = len(paths)
-            paths.append(path)
-
-        for number, kind in enumerate(kinds):
-            shared = self._shared[number]
-            if "inside" in shared:
-                add(("inside", number), list(ports(number, shared["inside"])))
-            for direction, others in (("forth", kind.after), ("back", kind.before)):
-                if "send" in shared:
-                    medium = shared["send"]
-                    add((direction, number), [ports(number, medium)[0], *(ports(to, medium)[1] for to in others)])
-        for rank in range(self.plan.pipeline):
-            members = [at for at, kind in enumerate(kinds) if kind.one.pipeline == rank and "data" in self._shared[at]]
-            if members:
-                add(("data", rank), [port for at in members for port in ports(at, self._shared[at]["data"])])
-        # Each path has a capacity of its own, by which faults slow it down.
-        own = 4 * len(kinds)
-        return Media(self.engine, own + len(paths), [[*path, own + at] for at, path in enumerate(paths)])
-
-    def _stream(self, key: Hashable, pace: Pace) -> Stream:
-        path = self._paths.get(key)
-        if path is None or self.media is None:
-            return Stream(self.engine, pace)
-        capacity = 4 * len(self.run.kinds) + path
-        for time, speed in zip(pace.times, pace.speeds, strict=True):
-            self.engine.call_at(max(time, self.engine.now), self.media.change, capacity, speed)
-        return Stream(self.engine, pace, self.media, path)
-
-    def _group_stream(self, rank: int) -> Stream:
-        return self._stream(("data", rank), self._pace("data", rank, (rank,)))
-
-    def streams_of(self, number: int, kind: Kind) -> tuple[Stream, Stream, Stream]:
-        """Communication inside layers, sends to the next stage, and back to the one before."""
-        plan, team = self.plan, kind.one
-        behind = (team.pipeline - 1) % plan.pipeline
-        facing = {
-            direction: [rank for to in others for rank in self.run.kinds[to].one.ranks]
-            for direction, others in (("forth", kind.after), ("back", kind.before))
-        }
-        return (
-            self._stream(("inside", number), self._pace("inside", team.pipeline, (), team.ranks)),
-            self._stream(("forth", number), self._pace("send", team.pipeline, (), (*team.ranks, *facing["forth"]))),
-            self._stream(("back", number), self._pace("send", behind, (), (*team.ranks, *facing["back"]))),
-        )
-
-    def _holders(self, rank: int) -> tuple[int, ...]:
-        """The pipeline ranks that sum the gradients of tied parameters with this one."""
-        if self.plan.pipeline == 1 or not self.run.parts.ranks[rank].tied:
-            return ()
-        return tuple(at for at in range(self.plan.pipeline) if self.run.parts.ranks[at].tied)
-
-    # -- playing
-
-    def play(self, deadline: float) -> Played:
-        """Let it happen, and stop it at `deadline` if it is not done by then."""
-        for player in self.players:
-            name = f"stage {player.pipeline}, ranks {player.kind.one.ranks[0]} and alike"
-            self.engine.process(self._work(player), name=name, daemon=deadline < math.inf)
-        self.engine.run(until=deadline if deadline < math.inf else None)
-        complete = len(self.ends) == self.steps - self.first
-        stop = self.ends[-1] if complete else deadline
-        lost = {at: rank for rank, at in self.lost.items() if at < stop}
-        return Played(
-            begun=self.begun,
-            stop=stop,
-            ends=tuple(self.ends),
-            is_complete=complete,
-            passes=tuple(tuple(player.passes) for player in self.players),
-            updates=tuple(tuple(player.updates) for player in self.players),
-            sends=tuple((tuple(player.forth.busy), tuple(player.back.busy)) for player in self.players),
-            groups=tuple(tuple(group.stream.busy) for group in self.groups),
-            tied=tuple((stages, tuple(group.stream.busy)) for stages, group in sorted(self.tied.items())),
-            copies=tuple((tuple(player.copies.busy), tuple(player.host.busy)) for player in self.players),
-            everybody=tuple(self.everybody.stream.busy),
-            losses=tuple(sorted(lost.items())),
-        )
-
-    def _work(self, me: _Player) -> Generator[Any, Any, None]:
-        engine, parts = self.engine, self.run.parts
-        rank = me.pipeline
-        for step in range(self.first, self.steps):
-            me.filled, me.buckets = 0.0, 0
-            for cell in me.order:
-                for event in self._awaited(me, step, cell):
-                    if not event.happened:
-                        yield event
-                stage = me.work.stages[cell.stage]
-                draw = self._draw(me)
-                if self._goes_by_layer(me, stage, cell):
-                    yield from self._by_layer(me, step, cell, stage, draw)
-                else:
-                    start = engine.now
-                    middle = me.pace.end(start, stage.compute[cell.backward] * draw)
-                    stop = me.inside.pace.end(middle, stage.inside_seconds(cell.backward))
-                    worked = me.pace.worked_until(start, middle)
-                    talked = me.inside.pace.worked_until(worked, stop) if middle < math.inf else worked
-                    me.passes.append(Pass(cell, -1, start, worked, talked))
-                    yield self._never if stop == math.inf else stop - start
-                self._deliver(me, step, cell)
-            self._fill(me, step, 0.0, last=True)
-            for event in me.outstanding:
-                if not event.happened:
-                    yield event
-            me.outstanding.clear()
-            own = me.work.once
-            if own.offload is not None and own.offload.out and not me.work.overlaps:
-                yield me.copies.submit(own.offload.out, ("out", step), engine.event("gradients are away"))
-            if holders := self._holders(rank):
-                expected = sum(self.of_rank[each] for each in holders)
-                yield self.tied[holders].join(("tied", step), own.tied, expected)
-            if me.last_update is not None and not me.last_update.happened:
-                yield me.last_update  # its parameters are those of the next step
-            start = engine.now
-            stop = me.pace.end(start, own.update if own.offload is None else own.update - own.offload.exposed_out)
-            if own.offload is not None:
-                done = me.host.submit(own.offload.seconds, ("update", step), engine.event("updated elsewhere"))
-                me.last_update = done if own.background else None
-            me.updates.append((start, me.pace.worked_until(start, stop)))
-            yield self._never if stop == math.inf else stop - start
-            if own.after:
-                yield me.group.join(("after", step), own.after, self.of_rank[rank])
-            yield self.everybody.join(("loss", step), parts.loss, len(self.players))
-            if me.number == 0:
-                self.ends.append(engine.now)
-
-    def _draw(self, me: _Player) -> float:
-        """The factor of one pass: the largest of one draw for each rank of the team, who wait for each other."""
-        sigma = self.run.jitter
-        if not sigma:
-            return 1.0
-        highest = me.random.random() ** (1 / len(me.kind.one.ranks))
-        return math.exp(sigma * _NORMAL.inv_cdf(min(max(highest, 1e-300), 1 - 1e-16)) - sigma * sigma / 2)
-
-    def _arrival(self, key: tuple) -> Event:
-        found = self._arrivals.get(key)
-        if found is None:
-            found = self._arrivals[key] = self.engine.event(f"stage {key[2]}, micro-batch {key[3]}")
-        return found
-
-    def _awaited(self, me: _Player, step: int, cell: Cell) -> list[Event]:
-        """What must have arrived before a pass can begin."""
-        stage, index, backward = cell
-        if self.plan.pipeline == 1 or backward == WEIGHT:
-            return []
-        if backward:
-            if stage == len(self.plan.stages) - 1:
-                return []
-            return [self._arrival((sender, step, stage + 1, index, 1)) for sender in me.kind.after]
-        if not stage:
-            return []
-        return [self._arrival((sender, step, stage - 1, index, 0)) for sender in me.kind.before]
-
-    def _deliver(self, me: _Player, step: int, cell: Cell) -> None:
-        stage, index, backward = cell
-        if backward == WEIGHT or self.plan.pipeline == 1:
-            return
-        if backward and stage:
-            seconds = self.run.parts.sends[(stage - 1) % self.plan.pipeline]
-            me.back.submit(seconds, cell, self._arrival((me.number, step, stage, index, 1)))
-        elif not backward and stage < len(self.plan.stages) - 1:
-            seconds = self.run.parts.sends[stage % self.plan.pipeline]
-            me.forth.submit(seconds, cell, self._arrival((me.number, step, stage, index, 0)))
-
-    # -- layer by layer
-
-    def _finishes(self, me: _Player, cell: Cell) -> bool:
-        """Whether a pass makes gradients that no later micro-batch of its stage adds to."""
-        makes = WEIGHT if self.plan.schedule == "zero_bubble" else 1
-        return cell.backward == makes and cell.micro_batch == me.micro_batches - 1
-
-    def _leaving(self, me: _Player, cell: Cell) -> float:
-        """Seconds that all gradients of a rank take to another tier, if they leave beside this pass."""
-        offload = me.work.once.offload
-        return offload.out if offload is not None and me.work.overlaps and self._finishes(me, cell) else 0.0
-
-    def _gathers(self, stage: StageWork, cell: Cell) -> tuple[float, ...]:
-        """Seconds to gather each layer's parameters for this pass; empty if they are there."""
-        if cell.backward == WEIGHT:
-            return ()
-        found = stage.gathers[cell.backward]
-        if found and self.plan.pipeline > 1 and self.plan.zero_stage == 2:
-            # Gathered for the first micro-batch and kept; `parts` spreads that over all.
-            count = self.plan.micro_batches
-            return tuple(seconds * count for seconds in found) if not cell.micro_batch else ()
-        return found
-
-    def _scatters(self, me: _Player, stage: StageWork, cell: Cell) -> tuple[float, ...]:
-        if not stage.scatters:
-            return ()
-        if self.plan.pipeline == 1:
-            return stage.scatters if cell.backward == 1 else ()
-        return tuple(each * self.plan.micro_batches for each in stage.scatters) if self._finishes(me, cell) else ()
-
-    def _goes_by_layer(self, me: _Player, stage: StageWork, cell: Cell) -> bool:
-        if me.inside.media is not None and stage.inside[cell.backward]:
-            return True
-        if not me.work.overlaps:
-            return False
-        if self._finishes(me, cell) and (me.work.once.exchanged or self._leaving(me, cell)):
-            return True
-        return bool(self._gathers(stage, cell) or self._scatters(me, stage, cell))
-
-    def _by_layer(self, me: _Player, step: int, cell: Cell, stage: StageWork, draw: float) -> Generator[Any, Any, None]:
-        engine = self.engine
-        shares = stage.layers[1 if cell.backward else 0]
-        order = range(len(shares) - 1, -1, -1) if cell.backward else range(len(shares))
-        gathers, scatters = self._gathers(stage, cell), self._scatters(me, stage, cell)
-        finishes = self._finishes(me, cell) and me.work.once.exchanged > 0
-        leaves = self._leaving(me, cell)
-        made = sum(sum(me.work.stages[each].gradients) for each in self.plan.stages_of(me.pipeline))
-        total = stage.compute[cell.backward] * draw
-        inside = stage.inside_seconds(cell.backward)
-        slowdown = me.work.slowdown
-        ready: dict[int, Event] = {}
-
-        def gather(layer: int) -> None:
-            ready[layer] = me.group.join(("gather", step, *cell, layer), gathers[layer], self._expected(me, cell))
-
-        if gathers:
-            gather(order[0])
-        for at, layer in enumerate(order):
-            if gathers:
-                if not ready[layer].happened:
-                    yield ready[layer]
-                if at + 1 < len(order):
-                    gather(order[at + 1])  # one ahead, while this layer is at work
-            start = engine.now
-            left, least = shares[layer] * total, shares[layer] * total * _NEGLIGIBLE
-            while left > least:
-                since = engine.now
-                stop = me.pace.end(since, left)
-                if stop == math.inf:
-                    worked = me.pace.worked_until(since, stop)
-                    me.passes.append(Pass(cell, layer, start, worked, worked))
-                    yield self._never
-                yield stop - since
-                left = slowdown * _overlap(me.group.stream, since, engine.now)
-            middle = engine.now
-            if inside:
-                if me.inside.media is not None:
-                    yield me.inside.submit(inside * shares[layer], cell, engine.event("inside a layer"))
-                else:
-                    stop = me.inside.pace.end(middle, inside * shares[layer])
-                    if stop == math.inf:
-                        talked = me.inside.pace.worked_until(middle, stop)
-                        me.passes.append(Pass(cell, layer, start, middle, talked))
-                        yield self._never
-                    yield stop - middle
-            me.passes.append(Pass(cell, layer, start, middle, engine.now))
-            if scatters:
-                what = ("scatter", step, *cell, layer)
-                me.outstanding.append(me.group.join(what, scatters[layer], self._expected(me, cell)))
-            elif finishes:
-                self._fill(me, step, stage.gradients[layer])
-            if leaves and stage.gradients[layer]:
-                seconds = leaves * stage.gradients[layer] / made
-                me.outstanding.append(me.copies.submit(seconds, ("out", step, layer), engine.event("gradients away")))
-
-    def _expected(self, me: _Player, cell: Cell) -> int:
-        """How many kinds of team come to a collective of this pass."""
-        if not self.plan.shares:
-            return self.of_rank[me.pipeline]
-        others = (each for each in self.players if each.pipeline == me.pipeline)
-        return sum(cell.micro_batch < each.micro_batches for each in others)
-
-    def _fill(self, me: _Player, step: int, size_bytes: float, *, last: bool = False) -> None:
-        """More gradients are complete: reduce the buckets that are full, and at the end what is left."""
-        whole = me.work.once.exchanged
-        if not whole:
-            return
-        total = sum(sum(me.work.stages[at].gradients) for at in self.plan.stages_of(me.pipeline))
-        limit = min(float(self.plan.bucket_bytes), total) if me.work.overlaps else total
-        me.filled += size_bytes
-        if last and not me.work.overlaps:
-            me.filled = total
-        while me.filled >= limit * (1 - 1e-9) or (last and me.filled > total * 1e-9):
-            size = min(limit, me.filled)
-            me.filled -= size
-            me.buckets += 1
-            what = ("bucket", step, me.buckets - 1)
-            me.outstanding.append(me.group.join(what, whole * size / total, self.of_rank[me.pipeline]))
-
-
-def _overlap(stream: Stream, start: float, stop: float) -> float:
-    """For how long a stream was at work between two times."""
-    total = 0.0
-    for busy in reversed(stream.busy):
-        if busy.stop <= start:
-            break
-        total += max(0.0, min(busy.stop, stop) - max(busy.start, start))
-    return total
+def _next_fatal(setting: Setting, gone: set[int], begun: float) -> int | None:
+    """The first fault still to come after which the job must begin again."""
+    found = None
+    for position, fault in enumerate(setting.faults):
+        if position in gone or isinstance(fault, DeviceSlowed):
+            continue
+        if isinstance(fault, LinkChanged):
+            back = fault.seconds + fault.lasts_seconds if fault.lasts_seconds else math.inf
+            if fault not in setting.links.cut or back <= max(begun, fault.seconds) + fault.detection_seconds:
+                continue
+        if found is None or fault.seconds < setting.faults[found].seconds:
+            found = position
+    return found

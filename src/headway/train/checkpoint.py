@@ -11,7 +11,8 @@ are kept. An update still going on (`delayed_update`) is put in force first, so 
 resumes do the same.
 
 A checkpoint is written beside its final place and renamed when it is whole, then `latest` is made to name it. Whatever
-happens, a full disk included, the checkpoints before it stay as they are.
+happens, a full disk included, the checkpoints before it stay as they are. `save_in` writes into remote memory instead
+(`train.remote_checkpoint`), from where `load` reads too; `write_out` brings what is there to disk.
 """
 
 from __future__ import annotations
@@ -35,27 +36,110 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from headway.errors import CheckpointError, FileError
+from headway.errors import CheckpointError, FileError, HeadwayError, Interrupted
 from headway.memory.tiling import Tile
-from headway.train.infinity_groups import described
-from headway.train.tiles import RowsOfWhole
+from headway.train.infinity_groups import described, local_of
+from headway.train.lost_peers import causes, lost_peer
+from headway.train.tiles import RowsOfWhole, place_of
 from headway.value import read_text, write_atomically
 
 if TYPE_CHECKING:
     from headway.train.offload import OffloadedOptimizer, Share
     from headway.train.parallel import Parallel
+    from headway.train.remote_checkpoint import Reader, RemoteCheckpoints
 
-__all__ = ["latest", "load", "load_full", "save", "step_of"]
+    _Opened = Path | Reader
+
+__all__ = ["latest", "load", "load_full", "save", "save_in", "step_of", "write_out"]
 
 
 def save(directory: Path, parallel: Parallel, *, step: int, scheduler: Any = None) -> Path:
     """Write `directory`/step-N, on all ranks at once, and let `directory`/latest name it; the path of the checkpoint.
 
-    Raises CheckpointError on every rank if one of them could not write; earlier checkpoints are left as they are.
+    Raises CheckpointError on every rank if one of them could not write; earlier checkpoints are left as they are. Where
+    a rank died meanwhile, the others raise what its loss made of their collectives, for the launcher to blame that one.
     """
     final = directory / f"step-{step}"
     partial = directory / f".step-{step}.partial"
     _on_first_rank(parallel, partial, lambda: _make_empty(partial))
+    try:
+        _write(parallel, dcp.FileSystemWriter(partial), step, scheduler)
+    except (CheckpointException, OSError, RuntimeError) as error:
+        if parallel.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        if (lost := lost_peer(error)) is not None:
+            raise lost from None
+        raise _failed(error, final, "written") from error
+    _on_first_rank(parallel, final, lambda: _publish(partial, final))
+    return final
+
+
+def save_in(checkpoints: RemoteCheckpoints, parallel: Parallel, *, step: int, scheduler: Any = None) -> None:
+    """Write a checkpoint into remote memory, on all ranks at once; the one before it is then removed.
+
+    Raises CheckpointError on every rank if one of them could not write; the one before is left as it is. As `save`
+    where a rank died meanwhile.
+    """
+    if checkpoints.step == step:
+        return
+    try:
+        _write(parallel, checkpoints.writer(step), step, scheduler)
+    except (CheckpointException, OSError, RuntimeError, HeadwayError) as error:
+        if (lost := lost_peer(error)) is not None:
+            raise lost from None
+        remedy = "raise HEADWAY_REMOTE_BYTES, or leave checkpoints on disk; the checkpoint before this one is whole"
+        raise _failed(error, f"{checkpoints}: step {step}", "written", remedy) from error
+
+
+def write_out(
+    checkpoints: RemoteCheckpoints, directory: Path, *, is_stopped: Callable[[], bool] = lambda: False
+) -> Path:
+    """Bring the newest checkpoint in remote memory to `directory`/step-N, in one process; its path.
+
+    One tensor at a time; before each, `is_stopped` says whether to let it be. Raises CheckpointError where it cannot be
+    read or written, Interrupted when stopped; nothing is left in `directory` then.
+    """
+    final = partial = None
+    state: dict[str, Any] = {}
+    later: _Later = {}
+
+    def bring(reader: Reader, key: str, entry: TensorStorageMetadata) -> torch.Tensor:
+        if is_stopped():
+            raise stopped
+        wanted = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
+        _read(wanted, reader, alone=True)
+        return wanted[key]
+
+    stopped = Interrupted("stopped before the newest checkpoint was brought to disk", place=str(directory))
+    try:
+        with checkpoints.reader() as reader, _quietly():
+            for key, entry in reader.read_metadata().state_dict_metadata.items():
+                if isinstance(entry, TensorStorageMetadata):
+                    state[key] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+                    later[key] = lambda key=key, entry=entry: bring(reader, key, entry)
+                else:
+                    state[key] = None
+            others: dict[str, Any] = {key: None for key, value in state.items() if value is None}
+            _read(others, reader, alone=True)
+            final = directory / f"step-{int(others['step'])}"
+            partial = directory / f".{final.name}.partial"
+            _make_empty(partial)
+            dcp.save(
+                {**state, **others}, storage_writer=dcp.FileSystemWriter(partial), planner=_Planner(later), no_dist=True
+            )
+        _publish(partial, final)
+    except BaseException as error:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        if is_stopped() and not isinstance(error, KeyboardInterrupt | SystemExit):
+            raise stopped from None
+        if isinstance(error, CheckpointException | OSError | RuntimeError | HeadwayError):
+            raise _failed(error, final or checkpoints, "written") from error
+        raise
+    return final
+
+
+def _write(parallel: Parallel, writer: dcp.StorageWriter, step: int, scheduler: Any) -> None:
     if parallel.offload is not None:
         parallel.offload.settle()
     state, later = _state(parallel)
@@ -68,29 +152,23 @@ def save(directory: Path, parallel: Parallel, *, step: int, scheduler: Any = Non
     state[f"rng.{parallel.rank}"] = torch.get_rng_state()
     if parallel.device.type == "cuda":
         state[f"cuda_rng.{parallel.rank}"] = torch.cuda.get_rng_state(parallel.device)
-    try:
-        with _quietly(), parallel.present():
-            dcp.save(
-                state,
-                storage_writer=dcp.FileSystemWriter(partial),
-                planner=_Planner(later),
-                no_dist=parallel.mesh is None,
-            )
-    except (CheckpointException, OSError, RuntimeError) as error:
-        if parallel.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise _failed(error, final, "written") from error
-    _on_first_rank(parallel, final, lambda: _publish(partial, final))
-    return final
+    with _quietly(), parallel.present():
+        dcp.save(state, storage_writer=writer, planner=_Planner(later), no_dist=parallel.mesh is None)
 
 
-def load(path: Path, parallel: Parallel, *, scheduler: Any = None) -> int:
+def load(path: Path | RemoteCheckpoints, parallel: Parallel, *, scheduler: Any = None) -> int:
     """Bring parameters, optimizer and scheduler to where they were at `path`; the number of steps made by then.
+
+    Of remote memory the newest checkpoint is read.
 
     Raises CheckpointError where the checkpoint is broken or belongs to another model.
     """
-    metadata = _metadata(path)
-    known = metadata.state_dict_metadata
+    with _opened(path) as place:
+        return _load(place, parallel, scheduler)
+
+
+def _load(path: _Opened, parallel: Parallel, scheduler: Any) -> int:
+    known = _metadata(path).state_dict_metadata
     _check_model(path, parallel, known)
     states, held = _room_for_states(parallel, known) if parallel.offload is None else ({}, {})
     wanted: dict[str, Any] = {f"model.{name}": tensor for name, tensor in _model(parallel)}
@@ -107,6 +185,8 @@ def load(path: Path, parallel: Parallel, *, scheduler: Any = None) -> int:
             if parallel.offload is not None:
                 _load_offloaded(path, parallel, parallel.offload, known)
     except (CheckpointException, OSError, RuntimeError, KeyError, EOFError) as error:
+        if (lost := lost_peer(error)) is not None:
+            raise lost from None
         raise _failed(error, path, "read") from error
     _put_states(parallel, wanted, held)
     with parallel.present(changed=True):
@@ -138,21 +218,22 @@ def load_full(path: str | Path) -> dict[str, torch.Tensor]:
     }
     try:
         with _quietly():
-            _read(wanted, path, alone=True)
+            _read(wanted, Path(path), alone=True)
     except (CheckpointException, OSError, RuntimeError, EOFError) as error:
         raise _failed(error, Path(path), "read") from error
     return {key.removeprefix("model."): tensor for key, tensor in wanted.items()}
 
 
-def step_of(path: str | Path) -> int:
+def step_of(path: str | Path | RemoteCheckpoints) -> int:
     """How many steps had been made when the checkpoint was written. Raises CheckpointError."""
-    _metadata(Path(path))
     wanted: dict[str, Any] = {"step": None}
-    try:
-        with _quietly():
-            _read(wanted, path, alone=True)
-    except (CheckpointException, OSError, RuntimeError, KeyError, EOFError) as error:
-        raise _failed(error, Path(path), "read") from error
+    with _opened(Path(path) if isinstance(path, str) else path) as place:
+        _metadata(place)
+        try:
+            with _quietly():
+                _read(wanted, place, alone=True)
+        except (CheckpointException, OSError, RuntimeError, KeyError, EOFError) as error:
+            raise _failed(error, place, "read") from error
     return int(wanted["step"])
 
 
@@ -167,7 +248,11 @@ def latest(directory: str | Path) -> Path | None:
 # What a rank holds, as parts of wholes
 
 
-def _state(parallel: Parallel) -> tuple[dict[str, Any], dict[str, Callable[[], torch.Tensor]]]:
+_Later = dict[str | tuple[str, tuple[int, ...]], Callable[[], torch.Tensor]]
+"""By key, or by key and where in the whole a tile's rows begin: how to get what is read only when it is written."""
+
+
+def _state(parallel: Parallel) -> tuple[dict[str, Any], _Later]:
     """What a rank holds, by key; and for what is read from its tier only when it is written, how to get it."""
     state: dict[str, Any] = {f"model.{name}": tensor for name, tensor in _model(parallel)}
     if parallel.offload is not None:
@@ -186,33 +271,45 @@ def _state(parallel: Parallel) -> tuple[dict[str, Any], dict[str, Callable[[], t
     return state, {}
 
 
-def _offloaded_state(
-    parallel: Parallel, offload: OffloadedOptimizer, state: dict[str, Any]
-) -> dict[str, Callable[[], torch.Tensor]]:
+def _offloaded_state(parallel: Parallel, offload: OffloadedOptimizer, state: dict[str, Any]) -> _Later:
     """Put what the optimizer keeps off the device into `state`, as tensors without memory; key → how to read it.
 
     So no more of it comes to the host at once than one tensor, however much of it rests on disk.
     """
-    later: dict[str, Callable[[], torch.Tensor]] = {}
+    later: _Later = {}
+    tiles = parallel.tiles()
+    tiled: list[tuple[str, Tile, torch.Tensor]] = []
+
+    def put(key: str, share: Share, read: Callable[[], torch.Tensor]) -> None:
+        empty = _of_share(parallel, share, torch.empty(_local_shape(share), device="meta"))
+        tile = tiles.get(id(share.parameter))
+        if tile is None:
+            state[key] = _part(parallel, share.name, share.parameter, empty)
+            later[key] = read
+        else:
+            tiled.append((key, tile, empty))
+            later[key, place_of(tile, empty)] = read
+
     for share in offload.all_shares:
         name = share.name
         shape = _local_shape(share)
-        empty = _part(parallel, name, share.parameter, _of_share(parallel, share, torch.empty(shape, device="meta")))
         if share.dtype != torch.float32:
-            state[f"model.{name}"] = empty
-            later[f"model.{name}"] = lambda share=share, shape=shape: offload.master_of(share).view(shape)
+            put(f"model.{name}", share, lambda share=share, shape=shape: offload.master_of(share).view(shape))
         for moment in offload.moment_names(share):
-            key = f"optimizer.{name}.{moment}"
-            state[key] = empty
-            later[key] = lambda share=share, shape=shape, moment=moment: offload.moment_of(share, moment).view(shape)
+            put(
+                f"optimizer.{name}.{moment}",
+                share,
+                lambda share=share, shape=shape, moment=moment: offload.moment_of(share, moment).view(shape),
+            )
         if share.steps and offload.counts_steps(share):
             state[f"optimizer.{name}.step"] = torch.tensor(float(share.steps))
+    state.update(RowsOfWhole.gather(tiled))
     return later
 
 
 def _local_shape(share: Share) -> tuple[int, ...]:
     """The shape of a rank's share of a parameter."""
-    local = share.parameter.to_local() if isinstance(share.parameter, DTensor) else share.parameter
+    local = local_of(share.parameter)
     return tuple(local.shape) if share.rows is None else (share.rows[1] - share.rows[0], *local.shape[1:])
 
 
@@ -231,9 +328,11 @@ def _of_share(parallel: Parallel, share: Share, local: torch.Tensor) -> torch.Te
     )
 
 
-def _load_offloaded(path: Path, parallel: Parallel, offload: OffloadedOptimizer, known: Any) -> None:
+def _load_offloaded(path: _Opened, parallel: Parallel, offload: OffloadedOptimizer, known: Any) -> None:
     """Bring the states of an optimizer off the device to its tier, one parameter's at a time."""
+    tiles = parallel.tiles()
     for share in offload.all_shares:
+        tile = tiles.get(id(share.parameter))
         rooms: dict[str, torch.Tensor] = {}
         wanted: dict[str, Any] = {}
         for key in ("model", *offload.possible_moments(share), "step"):
@@ -242,7 +341,10 @@ def _load_offloaded(path: Path, parallel: Parallel, offload: OffloadedOptimizer,
                 continue
             rooms[key] = torch.zeros(() if key == "step" else _local_shape(share))
             part = rooms[key] if key == "step" else _of_share(parallel, share, rooms[key])
-            wanted[full] = part if key == "step" else _part(parallel, share.name, share.parameter, part)
+            if tile is not None and key != "step":
+                wanted[full] = RowsOfWhole([(tile, part)])
+            else:
+                wanted[full] = part if key == "step" else _part(parallel, share.name, share.parameter, part)
         # Each rank for itself: that of an empty share has nothing to read, and collectives would wait for it.
         _read(wanted, path, alone=True)
         master = rooms.pop("model").reshape(-1)
@@ -253,12 +355,12 @@ def _load_offloaded(path: Path, parallel: Parallel, offload: OffloadedOptimizer,
 class _Planner(DefaultSavePlanner):
     """Our keys are flat already, and their values are to stay whole; some are made only when they are written."""
 
-    def __init__(self, later: dict[str, Callable[[], torch.Tensor]]) -> None:
+    def __init__(self, later: _Later) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._later = later
 
     def lookup_object(self, index: Any) -> Any:
-        make = self._later.get(index.fqn)
+        make = self._later.get(index.fqn) or self._later.get((index.fqn, tuple(index.offset or ())))
         return super().lookup_object(index) if make is None else make()
 
 
@@ -392,10 +494,22 @@ def _copy_to_ties(parallel: Parallel) -> None:
                     states[copy][key] = value.clone() if isinstance(value, torch.Tensor) else value
 
 
-# Files
+# Files, and remote memory
 
 
-def _metadata(path: Path) -> Metadata:
+@contextlib.contextmanager
+def _opened(path: Path | RemoteCheckpoints) -> Iterator[_Opened]:
+    """What to read a checkpoint from, as often as is needed: of remote memory all its parts are found once."""
+    if isinstance(path, Path):
+        yield path
+        return
+    with path.reader() as reader:
+        yield reader
+
+
+def _metadata(path: _Opened) -> Metadata:
+    if not isinstance(path, Path):
+        return path.read_metadata()
     if not path.is_dir():
         raise CheckpointError("no such checkpoint", place=str(path), remedy="give a folder runs/NAME/checkpoint/step-N")
     try:
@@ -406,12 +520,13 @@ def _metadata(path: Path) -> Metadata:
         ) from error
 
 
-def _read(wanted: dict[str, Any], path: str | Path, *, alone: bool) -> None:
+def _read(wanted: dict[str, Any], path: _Opened, *, alone: bool) -> None:
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    dcp.load(wanted, storage_reader=dcp.FileSystemReader(path), planner=planner, no_dist=alone)
+    reader = dcp.FileSystemReader(path) if isinstance(path, Path) else path
+    dcp.load(wanted, storage_reader=reader, planner=planner, no_dist=alone)
 
 
-def _check_model(path: Path, parallel: Parallel, known: Any) -> None:
+def _check_model(path: _Opened, parallel: Parallel, known: Any) -> None:
     for name, tensor in _model(parallel):
         entry = known.get(f"model.{name}")
         if entry is None or isinstance(entry, BytesStorageMetadata):
@@ -461,14 +576,15 @@ def _on_first_rank(parallel: Parallel, path: Path, act: Callable[[], None]) -> N
 _REMEDY = "free some space or choose another folder; the checkpoints before this one are whole"
 
 
-def _failed(error: BaseException, path: Path, done: str) -> CheckpointError:
-    causes = [error, error.__cause__, *(inner for inner, _ in getattr(error, "failures", {}).values())]
-    reason = next((f"{os.strerror(c.errno)}" for c in causes if isinstance(c, OSError) and c.errno), "")
-    full = any(isinstance(c, OSError) and c.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) for c in causes)
-    text = reason or str(causes[-1] or error).strip().splitlines()[0]
+def _failed(error: BaseException, path: object, done: str, remedy: str = "") -> CheckpointError:
+    found = [error, *filter(None, [error.__cause__]), *(each for each in causes(error) if each is not error)]
+    reason = next((f"{os.strerror(c.errno)}" for c in found if isinstance(c, OSError) and c.errno), "")
+    full = any(isinstance(c, OSError) and c.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) for c in found)
+    text = reason or (str(found[-1]).strip() or type(found[-1]).__name__).splitlines()[0]
     if not full and "No space left" in str(error):
         text = os.strerror(errno.ENOSPC)
-    remedy = _REMEDY if done == "written" else "use an earlier checkpoint, or the script that wrote this one"
+    default = _REMEDY if done == "written" else "use an earlier checkpoint, or the script that wrote this one"
+    remedy = remedy or getattr(found[-1], "remedy", "") or default
     return CheckpointError(f"cannot be {done}: {text}", place=str(path), remedy=remedy)
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_leaves
 from headway.errors import InputError, PlanError
 from headway.memory.tiers import Store
 from headway.plan.plan import Stage, Tier
+from headway.train.infinity_gradients import Reductions
 from headway.train.infinity_groups import (
     Group,
     Member,
@@ -44,14 +45,13 @@ from headway.train.infinity_groups import (
     view_of,
     within,
 )
-from headway.train.infinity_homes import GroupHome, SliceHome
+from headway.train.infinity_homes import GroupHome, SliceHome, Staging, piece_bytes
 from headway.workload.graph import Graph
 
-__all__ = ["Infinity", "Traffic", "update_slices"]
+__all__ = ["Infinity", "Traffic"]
 
-# torch 2.13 has other names for these, and warns of the old ones, which are all that torch 2.11 knows.
+# torch 2.13 has another name for it, and warns of the old one, which is all that torch 2.11 knows.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Infinity:
     `tensor_mesh` the mesh of (data, tensor) where tensor parallelism divided parameters before. `unread`: parameters
     that no operator reads; they stay as they are. `tiles`: module paths of tiles, each fetched by itself. `dtype`:
     what parameters rest and are computed in, None for their own. `keeps_root`: whether what no unit reads stays whole
-    until `end_step`, as a pipeline needs it.
+    until `end_step`, as a pipeline needs it. `staging`: that of all stages in `store`.
 
     Call `fill` before the first forward pass. A model whose control flow differs from rank to rank is not supported:
     ranks must meet in the same collectives.
@@ -102,6 +102,7 @@ class Infinity:
         tiles: Iterable[str] = (),
         dtype: torch.dtype | None = None,
         keeps_root: bool = False,
+        staging: Staging | None = None,
     ) -> None:
         self.store, self.device = store, device
         self.tier: Tier = tier
@@ -116,10 +117,11 @@ class Infinity:
         self._at = 0  # in `_order`: what is expected next
         self._backward_watched = False
         self._entered: set[str] = set()  # places whose inputs tell when their backward pass is through
-        self._reducing: list[tuple[_Holding, torch.Tensor, list[Member]]] = []
+        self._reductions = None if mesh is None else Reductions(mesh, device)
         self._fresh: set[int] = set()  # parameters that came from the meta device, and have no values yet
         self._in_step = False
         self._homes: dict[str, GroupHome] = {}
+        self._staging = staging or Staging(store)
         self.groups = self._make_groups(graph, stage, names, prefix, set(unread), set(tiles))
         self._member = {id(m.parameter): m for group in self.groups for m in group.members}
         self._at_place: dict[str, list[Group]] = {}
@@ -135,7 +137,7 @@ class Infinity:
     def homes(self) -> Iterator[tuple[nn.Parameter, SliceHome]]:
         """Where each slice rests, for an optimizer off the device that writes to it."""
         for group in self.groups:
-            home = self._homes.setdefault(group.name, GroupHome(group, self.store, self.tier))
+            home = self._homes.setdefault(group.name, GroupHome(group, self.store, self.tier, self._staging))
             for member in group.members:
                 yield member.slice, SliceHome(home, member)
 
@@ -176,7 +178,7 @@ class Infinity:
         parts = [rows_of_part(shape, self.replicas) * math.prod(shape[1:]) for shape in shapes]
         whole = torch.empty(sum(math.prod(shape) for shape in shapes), dtype=dtype, device=self.device)
         part = whole if self.replicas == 1 else torch.empty(sum(parts), dtype=dtype, device=self.device)
-        group = Group(name, [], whole, part, places)
+        group = Group(name, [], whole, part, places, piece_bytes(self.store.pool.budget_bytes, self.tier))
         whole_at = part_at = 0
         for (canonical, parameter), shape, size in zip(given, shapes, parts):
             member = Member(canonical, parameter, parameter, shape, whole_at, part_at, size)
@@ -254,7 +256,7 @@ class Infinity:
                     self._cut(group, member, view_of(group.whole, member.whole_at, member.shape))
                 group.let_go(group.whole)
             self._write(group)
-            self._settle(group)
+            self.settle(group)
         self._install()
 
     def _show(
@@ -414,26 +416,27 @@ class Infinity:
         for group in self._order[self._at : self._at + 8]:
             if not group.is_whole and group not in coming:
                 coming.append(group)
-        for group, begin in zip(coming, (self._begin_gathering, self._begin_reading, self._begin_prefetch)):
+        for group, begin in zip(coming, (self._begin_gathering, self.begin_reading, self._begin_prefetch)):
             begin(group)
 
     def _begin_prefetch(self, group: Group) -> None:
         # What rests on the host is as near as a buffer would be.
         if group.reading is None and group.gathering is None and self.tier in ("disk", "remote"):
-            self.store.prefetch(group.name)
+            group.prefetch(self.store)
 
-    def _begin_reading(self, group: Group) -> None:
+    def begin_reading(self, group: Group) -> None:
+        """Begin to bring this rank's part of a group to the device, unless it is there or on its way."""
         if group.reading is not None or group.gathering is not None or group.is_whole:
             return
-        self._settle(group)
+        self.settle(group)
         group.allocate(group.part)
-        group.reading = self.store.read(group.name, into=group.part)
+        group.reading = group.read(self.store)
         self.traffic.read_bytes += group.part.numel() * group.part.element_size()
 
     def _begin_gathering(self, group: Group) -> None:
         if group.gathering is not None or group.is_whole:
             return
-        self._begin_reading(group)
+        self.begin_reading(group)
         if self._mesh is None:
             return
         self._end_reading(group)
@@ -465,7 +468,7 @@ class Infinity:
             group.let_go(group.part)
         group.is_whole = True
 
-    def _settle(self, group: Group) -> None:
+    def settle(self, group: Group) -> None:
         """Wait until what was written of a group is in its tier."""
         if group.writing is not None:
             group.writing.wait()
@@ -473,61 +476,20 @@ class Infinity:
             group.let_go(group.part)
 
     def _write(self, group: Group) -> None:
-        group.writing = self.store.write(group.name, group.part, self.tier)
+        group.writing = group.write(self.store, self.tier)
         self.traffic.written_bytes += group.part.numel() * group.part.element_size()
 
     # -- gradients
 
-    @torch.no_grad()
     def _reduce(self, group: Group) -> None:
         """Begin the reduce-scatter of a group's gradients, of those that this backward pass has made."""
-        assert self._mesh is not None
-        members = [member for member in group.members if member.name in group.ready]
-        sizes = [member.part for member in members]
-        total = sum(sizes)
-        dtype = local_of(members[0].parameter.grad).dtype
-        given = torch.zeros(self.replicas * total, dtype=dtype, device=self.device)
-        at = 0
-        for member, size in zip(members, sizes):
-            gradient = local_of(member.parameter.grad)
-            for replica in range(self.replicas):
-                first, last = bounds(member.shape, self.replicas, replica)
-                view_of(given, replica * total + at, (last - first, *member.shape[1:])).copy_(gradient[first:last])
-            member.parameter.grad = None
-            at += size
-        given /= self.replicas
-        kept = torch.empty(total, dtype=dtype, device=self.device)
-        self._end_reductions(leave=1)
-        work = _reduce_scatter(kept, given, group=self._mesh.get_group(), async_op=True)
-        self.traffic.reduced_bytes += given.numel() * given.element_size()
-        # The whole gradients live as long as the collective reads them.
-        self._reducing.append((_Holding(work, given), kept, members))
-
-    @torch.no_grad()
-    def _end_reductions(self, leave: int = 0) -> None:
-        while len(self._reducing) > leave:
-            work, kept, members = self._reducing.pop(0)
-            work.wait()
-            at = 0
-            for member in members:
-                local = local_of(member.slice)
-                gradient = view_of(kept, at, tuple(local.shape))
-                at += member.part
-                if member.slice.grad is None:
-                    grad = DTensor.from_local(
-                        gradient, member.slice.device_mesh, member.slice.placements,  # type: ignore[attr-defined]
-                        run_check=False, shape=member.slice.shape, stride=member.slice.stride(),
-                    )  # fmt: skip
-                    member.slice.grad = grad
-                else:
-                    local_of(member.slice.grad).add_(gradient)
-                # As autograd and `fully_shard` would: an optimizer off the device takes the gradient away here.
-                for hook in list((getattr(member.slice, "_post_accumulate_grad_hooks", None) or {}).values()):
-                    hook(member.slice)
+        assert self._reductions is not None
+        self.traffic.reduced_bytes += self._reductions.begin([m for m in group.members if m.name in group.ready])
 
     def finish_gradients(self, divide_by: int = 1) -> None:
         """Wait until every slice has its gradient; divide them, where a pipeline's schedule divides the others."""
-        self._end_reductions()
+        if self._reductions is not None:
+            self._reductions.end()
         if self.replicas > 1 and divide_by > 1:
             for group in self.groups:
                 for member in group.members:
@@ -536,17 +498,17 @@ class Infinity:
 
     # -- the update
 
-    def _bring(self, group: Group) -> None:
+    def bring(self, group: Group) -> None:
         """This rank's part of a group, in memory."""
         if group.part is group.whole and group.is_whole:
             return
         if group.gathering is not None:  # gathered in vain
             group.gathering[0].wait()
             group.gathering = None
-        self._begin_reading(group)
+        self.begin_reading(group)
         self._end_reading(group)
 
-    def _put_back(self, group: Group) -> None:
+    def put_back(self, group: Group) -> None:
         """Begin to write a part that was changed; what was gathered of the old one is forgotten."""
         group.is_whole = False
         group.holders.clear()
@@ -558,14 +520,14 @@ class Infinity:
     def present(self, *, changed: bool = False) -> Iterator[None]:
         """All slices at once in memory, for who must see or, if `changed`, set them: a checkpoint."""
         for group in self.groups:
-            self._bring(group)
+            self.bring(group)
         try:
             yield
         finally:
             for group in self.groups:
                 if changed:
-                    self._put_back(group)
-                    self._settle(group)
+                    self.put_back(group)
+                    self.settle(group)
                 elif not (group.part is group.whole and group.is_whole):
                     group.let_go(group.part)
 
@@ -583,7 +545,7 @@ class Infinity:
                 group.gathering[0].wait()
                 group.gathering = None
             self._end_reading(group)
-            self._settle(group)
+            self.settle(group)
             group.let_go(group.part)
             if group.part is not group.whole:
                 group.let_go(group.whole)
@@ -602,58 +564,12 @@ class Infinity:
         )
 
 
-def update_slices(infinities: Sequence[Infinity], optimizer: torch.optim.Optimizer) -> None:
-    """One step of `optimizer` over slices in a tier, group by group, the next read while one is updated.
-
-    Only one group's slices, and the next one's, lie on the device. The optimizer must treat each parameter by itself,
-    as all of torch's but LBFGS do.
-    """
-    given = [list(each["params"]) for each in optimizer.param_groups]
-    slices = {id(member.slice) for each in infinities for group in each.groups for member in group.members}
-    elsewhere = {id(p) for params in given for p in params} - slices
-    try:
-        for infinity in infinities:
-            waiting = [group for group in infinity.groups if any(m.slice.grad is not None for m in group.members)]
-            leaving: list[Group] = []
-            for group, following in zip(waiting, [*waiting[1:], None]):
-                infinity._bring(group)
-                if following is not None and not following.is_whole:
-                    infinity._begin_reading(following)
-                _step(optimizer, given, {id(member.slice) for member in group.members})
-                infinity._put_back(group)
-                for earlier in leaving:
-                    infinity._settle(earlier)
-                leaving = [group]
-        if any(p.grad is not None for params in given for p in params if id(p) in elsewhere):
-            _step(optimizer, given, elsewhere)
-    finally:
-        for each, params in zip(optimizer.param_groups, given):
-            each["params"] = params
-
-
-class _Holding:
-    """A collective, and the tensor that it reads."""
-
-    def __init__(self, work: Any, tensor: torch.Tensor) -> None:
-        self._work, self._tensor = work, tensor
-
-    def wait(self) -> None:
-        if self._work is not None:
-            self._work.wait()
-
-
 def _refuse_state_dict(_module: nn.Module, _prefix: str, _keep_vars: bool) -> None:
     raise InputError(
         "the parameters rest off the device, so there is no state_dict to take",
         place="model.state_dict",
         remedy="read a checkpoint with headway.train.checkpoint.load_full, or use Parallel.present()",
     )
-
-
-def _step(optimizer: torch.optim.Optimizer, given: Sequence[list[nn.Parameter]], chosen: set[int]) -> None:
-    for each, params in zip(optimizer.param_groups, given):
-        each["params"] = [parameter for parameter in params if id(parameter) in chosen]
-    optimizer.step()
 
 
 def _needs_gradient(leaf: Any) -> bool:

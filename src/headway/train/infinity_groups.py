@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,12 +22,16 @@ from torch.utils._pytree import tree_leaves
 from headway.errors import RunError
 
 if TYPE_CHECKING:
-    from headway.memory.tiers import Pending
+    from headway.memory.tiers import Pending, Store
+    from headway.plan.plan import Tier
 
 __all__ = [
     "Group",
     "Member",
+    "Piece",
+    "ReleasedDTensor",
     "ReleasedParameter",
+    "Together",
     "allocate",
     "bounds",
     "described",
@@ -35,6 +41,26 @@ __all__ = [
     "view_of",
     "within",
 ]
+
+
+def _refused(released_name: str, name: str) -> RunError:
+    return RunError(
+        f"is read ({name}) where the traced model does not read it: it rests off the device, and has no memory here",
+        place=f"parameter {released_name}",
+        remedy="read it in Parallel.present() or from a checkpoint, or keep parameters_on the device",
+    )
+
+
+def _describe_or_refuse(cls: type, function: Any, args: Any, kwargs: Any) -> Any:
+    """What `__torch_function__` of a parameter without memory does: describe it, and raise RunError for all else."""
+    name = getattr(function, "__name__", "")
+    if name == "__get__" and getattr(function.__self__, "__name__", "") in _VIEWS:
+        name = function.__self__.__name__
+    if name not in _DESCRIPTIONS:
+        released = [each for each in tree_leaves((args, kwargs or {})) if isinstance(each, cls)]
+        raise _refused(released[0].released_name if released else "", name)
+    with torch._C.DisableTorchFunctionSubclass():
+        return function(*args, **(kwargs or {}))
 
 
 class ReleasedParameter(nn.Parameter):
@@ -47,19 +73,38 @@ class ReleasedParameter(nn.Parameter):
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(function, "__name__", "")
-        if name == "__get__" and getattr(function.__self__, "__name__", "") in _VIEWS:
-            name = function.__self__.__name__
-        if name not in _DESCRIPTIONS:
-            released = [each for each in tree_leaves((args, kwargs or {})) if isinstance(each, cls)]
-            raise RunError(
-                f"is read ({name}) where the traced model does not read it: it rests off the device, and has no memory "
-                "here",
-                place=f"parameter {released[0].released_name if released else ''}",
-                remedy="read it in Parallel.present() or from a checkpoint, or keep parameters_on the device",
-            )
-        with torch._C.DisableTorchFunctionSubclass():
-            return function(*args, **(kwargs or {}))
+        return _describe_or_refuse(cls, function, args, kwargs)
+
+
+class ReleasedDTensor(DTensor):
+    """The same of a slice, which is a part of a DTensor, or of a parameter that is one."""
+
+    released_name: str
+
+    def __repr__(self, *, tensor_contents: str | None = None) -> str:
+        return f"<parameter {self.released_name} of {tuple(self.shape)}, which rests off the device>"
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _describe_or_refuse(cls, function, args, kwargs)
+
+    # These are no functions of torch's, and what they return has no memory either.
+
+    def to_local(self, *_: Any, **kwargs: Any) -> torch.Tensor:
+        """Raises RunError."""
+        raise _refused(self.released_name, "to_local")
+
+    def full_tensor(self, *_: Any, **kwargs: Any) -> torch.Tensor:
+        """Raises RunError."""
+        raise _refused(self.released_name, "full_tensor")
+
+    def redistribute(self, *_: Any, **kwargs: Any) -> DTensor:
+        """Raises RunError."""
+        raise _refused(self.released_name, "redistribute")
+
+
+_RELEASED: dict[type, type] = {nn.Parameter: ReleasedParameter, DTensor: ReleasedDTensor}
+_PRESENT = {released: present for present, released in _RELEASED.items()}
 
 
 def described(parameter: torch.Tensor) -> torch.Tensor:
@@ -94,15 +139,45 @@ class Member:
         return math.prod(self.shape)
 
 
+class Piece(NamedTuple):
+    """Elements of a group's part that rest as one tensor of the store."""
+
+    name: str
+    start: int
+    stop: int
+
+
+class Together:
+    """Several transfers, waited for as one (`memory.tiers.Pending`)."""
+
+    def __init__(self, pending: Sequence[Pending], tensor: torch.Tensor) -> None:
+        self._pending, self._tensor = pending, tensor
+
+    @property
+    def done(self) -> bool:
+        """Whether all have ended."""
+        return all(each.done for each in self._pending)
+
+    def wait(self, timeout_seconds: float | None = None) -> torch.Tensor:
+        """The whole, once all have ended; the timeout is for each. Raises what went wrong first."""
+        for each in self._pending:
+            each.wait(timeout_seconds)
+        return self._tensor
+
+
 @dataclass(eq=False)
 class Group:
-    """Parameters that come and go together. `whole` and `part` have memory only while they are needed."""
+    """Parameters that come and go together. `whole` and `part` have memory only while they are needed.
+
+    `piece_bytes`: a part that is larger rests in pieces of so many bytes; 0: in one.
+    """
 
     name: str
     members: list[Member]
     whole: torch.Tensor
     part: torch.Tensor  # this rank's; with one replica the same tensor as `whole`
     places: tuple[str, ...] = ()
+    piece_bytes: int = 0
     holders: Counter[str] = field(default_factory=Counter)
     reading: Pending | None = None
     writing: Pending | None = None
@@ -110,22 +185,44 @@ class Group:
     is_whole: bool = False
     ready: set[str] = field(default_factory=set)  # members whose gradient this backward pass has made
 
+    @cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        """How the part rests in its tier, in order."""
+        count, at_once = self.part.numel(), self.piece_bytes // self.part.element_size()
+        if not at_once or count <= at_once:
+            return (Piece(self.name, 0, count),)
+        starts = range(0, count, at_once)
+        return tuple(Piece(f"{self.name}.{n}", at, min(at + at_once, count)) for n, at in enumerate(starts))
+
+    def read(self, store: Store) -> Pending:
+        """Begin to read the part from its tier."""
+        return Together([store.read(name, into=self.part[a:b]) for name, a, b in self.pieces], self.part)
+
+    def write(self, store: Store, tier: Tier) -> Pending:
+        """Begin to write the part to its tier."""
+        return Together([store.write(name, self.part[a:b], tier) for name, a, b in self.pieces], self.part)
+
+    def prefetch(self, store: Store) -> None:
+        """Begin to read into the store's buffers, as far as some are free."""
+        for name, _, _ in self.pieces:
+            store.prefetch(name)
+
     def allocate(self, tensor: torch.Tensor) -> None:
-        """Give `whole` or `part` memory; the parameters can be read again where it is `whole`."""
+        """Give `whole` or `part` memory; the parameters, or their slices, can be read again."""
         allocate(tensor)
-        if tensor is self.whole:
-            for member in self.members:
-                if type(member.parameter) is ReleasedParameter:
-                    setattr(member.parameter, "__class__", nn.Parameter)  # noqa: B010 - which no type checker allows
+        self._become(tensor, _PRESENT)
 
     def let_go(self, tensor: torch.Tensor) -> None:
-        """Take the memory of `whole` or `part`; to read the parameters is an error from then on where it is `whole`."""
+        """Take the memory of `whole` or `part`; to read the parameters, or their slices, is an error from then on."""
         let_go(tensor)
-        if tensor is self.whole:
-            for member in self.members:
-                if type(member.parameter) is nn.Parameter:
-                    setattr(member.parameter, "__class__", ReleasedParameter)  # noqa: B010
-                    setattr(member.parameter, "released_name", member.name)  # noqa: B010
+        self._become(tensor, _RELEASED)
+
+    def _become(self, tensor: torch.Tensor, classes: dict[type, type]) -> None:
+        for member in self.members:
+            parameter = member.parameter if tensor is self.whole else member.slice
+            if (other := classes.get(type(parameter))) is not None:
+                setattr(parameter, "__class__", other)  # noqa: B010 - which no type checker allows
+                setattr(parameter, "released_name", member.name)  # noqa: B010
 
 
 def within(module: str, points: set[str]) -> str:
@@ -167,4 +264,6 @@ def let_go(tensor: torch.Tensor) -> None:
 
 def local_of(tensor: Any) -> torch.Tensor:
     """This rank's part of a DTensor; any other tensor itself."""
+    if isinstance(tensor, ReleasedDTensor):
+        return tensor._local_tensor
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -38,6 +38,8 @@ from headway.errors import (
 )
 from headway.hardware.cluster import Accelerator, Cluster
 from headway.plan.plan import Plan
+from headway.train.lost_peers import is_consequence
+from headway.train.newest_checkpoint import NewestCheckpoint, note
 from headway.train.processes import Event, Exit, Occurrence, Output, Processes
 from headway.value import read_text
 from headway.workload.graph import Workload
@@ -45,6 +47,7 @@ from headway.workload.graph import Workload
 __all__ = [
     "Ranks",
     "accelerator_of",
+    "check_options",
     "checkpoint_at",
     "launch",
     "rank_environment",
@@ -64,18 +67,17 @@ KILL_SECONDS = 10.0  # for the kernel to end a killed process
 
 # A launcher that we were started under (torchrun, Slurm) must not leak into ranks that form a group of their own.
 _FOREIGN = ("MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK", "TORCHELASTIC_RUN_ID", "HEADWAY_TRACE_OUTPUT",
-            "HEADWAY_RESUME", "HEADWAY_CHECKPOINT_EVERY", "HEADWAY_INIT_METHOD", "HEADWAY_REMOTE_MEMORY")  # fmt: skip
+            "HEADWAY_RESUME", "HEADWAY_CHECKPOINT_EVERY", "HEADWAY_CHECKPOINT_ON", "HEADWAY_INIT_METHOD",
+            "HEADWAY_REMOTE_MEMORY")  # fmt: skip
 
-# What a rank says when it was another one that died under it.
-_CONSEQUENCE = re.compile(
-    r"connection (was )?(closed|reset|refused)|connection.*by peer|broken pipe|socket timeout|remote process exited"
-    r"|failed to (connect|recv|send)|recvvalue failed|ncclremoteerror|unhandled system error|timed out|store.*timeout",
-    re.IGNORECASE,
-)
 _TAIL_LINES = 8
 _UNREACHABLE = (
     "it does not end even when killed: its machine is gone, or it waits for a dead network disk (ps: state D)"
 )
+
+
+class _RankDied(RankFailedError):
+    """A rank was killed, crashed or was lost: what it was doing may go well another time."""
 
 
 class Ranks(Protocol):
@@ -114,6 +116,8 @@ def launch(
     engine: Literal["local", "ray"] = "local",
     resume: Path | None = None,
     checkpoint_every: int | None = None,
+    checkpoint_on: Literal["disk", "remote"] = "disk",
+    restarts: int = 0,
     on_event: OnEvent,
     on_output: OnOutput,
     environment: Mapping[str, str] | None = None,
@@ -123,7 +127,11 @@ def launch(
     `on_event` is called with each event of the ranks (with "rank" in it), `on_output(rank, stream, line)` with each
     line that they print; the whole output of rank R is kept in `run_directory`/logs/rank-R.log. `cluster` says what
     the plan's devices are (threads of a rank, node of a device); `environment` is added to that of the ranks; `resume`
-    is a checkpoint, or a run directory that has one; `checkpoint_every` counts steps.
+    is a checkpoint, or a run directory that has one; `checkpoint_every` counts steps. With `checkpoint_on` "remote"
+    those go to a memory node, and the newest of them to disk when the ranks have ended before they could write one
+    there. When a rank was killed by a signal (a crash is one) or lost, or no more is known than that a connection
+    between ranks broke, all are started again up to `restarts` times, from the newest checkpoint; an exception of the
+    script's would come again. Both with the local engine only.
 
     Ctrl-C or SIGTERM to this process lets the ranks finish their step, write a checkpoint and end (Interrupted); a
     second one kills them.
@@ -133,20 +141,14 @@ def launch(
     a missing script; with the Ray engine also MissingExtraError, and InputError if the placement is impossible.
     """
     script = _existing(script)
+    check_options(engine, checkpoint_every=checkpoint_every, checkpoint_on=checkpoint_on, restarts=restarts)
     run_directory.mkdir(parents=True, exist_ok=True)
     extra = dict(environment or {})
     if resume is not None:
         extra["HEADWAY_RESUME"] = str(checkpoint_at(resume))
     if checkpoint_every is not None:
         extra["HEADWAY_CHECKPOINT_EVERY"] = str(checkpoint_every)
-    watch = partial(
-        supervise,
-        run_directory=run_directory,
-        script=script,
-        resumed=resume is not None,
-        on_event=on_event,
-        on_output=on_output,
-    )
+    watch = partial(supervise, run_directory=run_directory, script=script, on_output=on_output)
     if engine == "ray":
         from headway.train import ray_engine
 
@@ -161,55 +163,92 @@ def launch(
                 cluster=cluster,
                 environment=extra,
             ) as ranks:
-                watch(ranks)
+                watch(ranks, resumed=resume is not None, on_event=on_event)
         except KeyboardInterrupt:  # while Ray was still making room: from then on it is only counted
             raise Interrupted("stopped before training began", place=str(run_directory)) from None
         return
+    if checkpoint_on != "disk":
+        extra["HEADWAY_CHECKPOINT_ON"] = checkpoint_on
     with (
         tempfile.TemporaryDirectory(prefix="headway-") as private,
         stop_requests() as requests,
-        _memory_node(plan, workload_path) as remote,
+        _memory_node(plan, workload_path, checkpoint_on) as remote,
+        NewestCheckpoint(
+            remote if checkpoint_on == "remote" else {}, run_directory, on_event, lambda: requests.count
+        ) as newest,
     ):
-        ranks = Processes()
-        try:
-            for rank in range(plan.world_size):
-                variables = rank_environment(
-                    rank,
-                    plan,
-                    run_directory=run_directory.resolve(),
-                    workload_path=workload_path.resolve(),
-                    plan_path=plan_path.resolve(),
-                    threads=_threads(plan, cluster, rank),
-                    accelerator=accelerator_of(plan, cluster, rank),
+        for attempt in range(restarts + 1):
+            ranks = Processes()
+            try:
+                for rank in range(plan.world_size):
+                    variables = rank_environment(
+                        rank,
+                        plan,
+                        run_directory=run_directory.resolve(),
+                        workload_path=workload_path.resolve(),
+                        plan_path=plan_path.resolve(),
+                        threads=_threads(plan, cluster, rank),
+                        accelerator=accelerator_of(plan, cluster, rank),
+                    )
+                    local = {
+                        "LOCAL_RANK": str(rank),
+                        "LOCAL_WORLD_SIZE": str(plan.world_size),
+                        "GROUP_RANK": "0",
+                        # A file instead of a port: nothing listens, and nobody else can join.
+                        "HEADWAY_INIT_METHOD": f"file://{private}/rendezvous-{attempt}",
+                    }
+                    loopback = loopback_interface()
+                    if loopback:
+                        local |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
+                    inherited = {name: value for name, value in environ.items() if name not in _FOREIGN}
+                    ranks.start(
+                        rank,
+                        worker_command(sys.executable, script, arguments),
+                        {**inherited, **variables, **local, **remote, **extra},
+                    )
+                watch(
+                    ranks,
+                    requests=requests,
+                    resumed=resume is not None or attempt > 0,
+                    on_event=newest.on_event,
                 )
-                local = {
-                    "LOCAL_RANK": str(rank),
-                    "LOCAL_WORLD_SIZE": str(plan.world_size),
-                    "GROUP_RANK": "0",
-                    # A file instead of a port: nothing listens, and nobody else can join.
-                    "HEADWAY_INIT_METHOD": f"file://{private}/rendezvous",
-                }
-                loopback = loopback_interface()
-                if loopback:
-                    local |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
-                inherited = {name: value for name, value in environ.items() if name not in _FOREIGN}
-                ranks.start(
-                    rank,
-                    worker_command(sys.executable, script, arguments),
-                    {**inherited, **variables, **local, **remote, **extra},
-                )
-            watch(ranks, requests=requests)
-        finally:
-            ranks.close()
+                return
+            except _RankDied as error:
+                if attempt == restarts or requests.count:
+                    raise
+                try:
+                    extra |= newest.variables()
+                except HeadwayError as lost:
+                    note(error, lost)
+                    raise error from None
+                on_event({"event": "restart", "rank": 0, "attempt": attempt + 1, "message": error.message})
+            finally:
+                ranks.close()
 
 
-def _memory_node(plan: Plan, workload_path: Path) -> AbstractContextManager[dict[str, str]]:
-    """Variables that name a memory node; none, and nothing imported for it, where the plan needs no remote memory."""
-    if "remote" not in plan.tiers:
+def check_options(engine: str, *, checkpoint_every: int | None, checkpoint_on: str, restarts: int) -> None:
+    """Raises InputError where these, as for `launch`, cannot go together: before anything slow begins."""
+    if engine == "ray" and (checkpoint_on != "disk" or restarts):
+        raise InputError(
+            "checkpoints in remote memory, and restarts, are for ranks on this machine",
+            place="--engine ray",
+            remedy="leave --checkpoint-on and --restarts away, or use the local engine",
+        )
+    if checkpoint_on == "remote" and checkpoint_every is None:
+        raise InputError(
+            "no checkpoint would go to remote memory: that at the end of a run is always on disk",
+            place="--checkpoint-on remote",
+            remedy="say how often: --checkpoint-every STEPS",
+        )
+
+
+def _memory_node(plan: Plan, workload_path: Path, checkpoint_on: str) -> AbstractContextManager[dict[str, str]]:
+    """Variables that name a memory node; none, and nothing imported for it, where no remote memory is needed."""
+    if "remote" not in plan.tiers and checkpoint_on != "remote":
         return nullcontext({})
     from headway.train.remote_memory import memory_node
 
-    return memory_node(plan, workload_path)
+    return memory_node(plan, workload_path, checkpoints=checkpoint_on == "remote")
 
 
 def trace_script(script: Path, arguments: Sequence[str], output: Path, on_output: OnOutput) -> Workload:
@@ -404,16 +443,6 @@ class _Watch:
         return sorted(found)
 
 
-def is_consequence(error: dict) -> bool:
-    """Whether an `error` event says no more than that another rank went away."""
-    if error.get("kind") in errors.__all__:
-        return False
-    return bool(
-        error.get("kind") in ("DistBackendError", "DistNetworkError", "DistStoreError")
-        or _CONSEQUENCE.search(str(error.get("message", "")))
-    )
-
-
 def supervise(
     ranks: Ranks,
     *,
@@ -548,6 +577,7 @@ def _failure(rank: int, watch: _Watch, ranks: Ranks, run_directory: Path, again:
     name = f"rank {rank} on {machine}" if machine else f"rank {rank}"
     event = watch.errors.get(rank)
     end = watch.exits.get(rank)
+    failed = RankFailedError
     if event is not None:
         content = event.content
         place, remedy = str(content.get("place") or log), str(content.get("remedy") or "")
@@ -555,15 +585,19 @@ def _failure(rank: int, watch: _Watch, ranks: Ranks, run_directory: Path, again:
         if kind is not None:
             return kind(f"{name}: {content.get('message', '')}", place=place, remedy=remedy or again)
         head = f"{name} {_verb(content)} {content.get('message', '')}"
+        if is_consequence(content):
+            failed = _RankDied
     else:
         assert end is not None
+        if end.lost or end.code < 0:
+            failed = _RankDied
         place, remedy = str(log), ""
         head = f"{name} {_how_it_ended(end, oom_kills)}"
         if oom_kills and end.code == -signal.SIGKILL:
             remedy = "use a plan that needs less memory: headway plan --goal memory"
     words = "".join(f"\n    {line}" for line in watch.tails.get(rank, ()))
     text = f"{head}\n  its last lines on stderr:{words}" if words else head
-    return RankFailedError(f"{text}\n  its whole output: {log}", place=place, remedy=remedy or again)
+    return failed(f"{text}\n  its whole output: {log}", place=place, remedy=remedy or again)
 
 
 def _how_it_ended(end: Exit, oom_kills: int) -> str:

@@ -19,123 +19,32 @@ Without the delayed update the parameters are those of the same training not off
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from headway.errors import InputError, PlanError
 from headway.memory.optimizer import BLOCK_ELEMENTS, HostOptimizer, StateTensor
 from headway.memory.tiers import Pending, Store
 from headway.plan.plan import Plan
+from headway.train.offload_kept import Kept
 from headway.train.offload_lanes import Lane, Transfer
+from headway.train.offload_shares import Held, Share, gather_rows
 from headway.train.offload_states import ChunkStates
+from headway.train.offload_times import OffloadTimes
 
-__all__ = ["Home", "OffloadTimes", "OffloadedOptimizer", "Share", "gather_rows", "rows_of"]
+__all__ = ["OffloadedOptimizer", "Share"]
 
 CHUNK_ELEMENTS = 4 * 2**20
 """Elements updated at once: 16 MiB of float32, enough for full bandwidth on every road, and little to wait for."""
 
 _RING = 6  # buffers on each road: one filled, one emptied, the others for the unevenness of both
-
-
-class Home(Protocol):
-    """Where this rank's share of a parameter rests between steps. Flat elements from `start` to `stop` (exclusive)."""
-
-    def view(self) -> torch.Tensor | None:
-        """All elements as a flat tensor that the processor can write to, or None where there is no such thing."""
-        ...
-
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """The values now, in any floating dtype."""
-        ...
-
-    def write(self, start: int, stop: int, values: torch.Tensor) -> Pending | None:
-        """Take updated values (host memory, the parameter's dtype), which stay as they are until that is done."""
-        ...
-
-
-@dataclass(eq=False)
-class Share:
-    """This rank's elements of one parameter: those of `rows` along dimension 0, or all (None).
-
-    `kept`: how many, from the first, stay on the device with all their states. `steps`: updates made.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    group: int  # in the optimizer's param_groups
-    elements: int
-    rows: tuple[int, int] | None = None
-    home: Home | None = None  # None: the parameter's own memory
-    kept: int = 0
-    steps: int = 0
-    chunks: tuple[tuple[int, int], ...] = ()  # (start, stop) of those off the device
-    number: int = 0
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.parameter.dtype
-
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """The values now."""
-        return self.flat()[start:stop] if self.home is None else self.home.read(start, stop)
-
-    def view(self) -> torch.Tensor | None:
-        """The elements where they can be written to, or None."""
-        return self.flat() if self.home is None else self.home.view()
-
-    def flat(self, tensor: torch.Tensor | None = None) -> torch.Tensor:
-        """This share of the parameter, or of a tensor of its local shape, as a flat view."""
-        local = _local(self.parameter.detach() if tensor is None else tensor)
-        if self.rows is not None:
-            local = local[self.rows[0] : self.rows[1]]
-        return local.reshape(-1)
-
-    def key(self, start: int) -> str:
-        """The name of a chunk's states in the store."""
-        return f"optimizer/{self.name}/{self.number}/{start}"
-
-
-@dataclass
-class OffloadTimes:
-    """Where the time of steps went, in seconds added up since the last `clear`.
-
-    `gradients_out_seconds` and `parameters_back_seconds`: copies between device and host (on the roads themselves, on a
-    GPU). `update_seconds`: the host's arithmetic; `kept_seconds`: the device's, as far as the host waited for it.
-    `states_seconds`: waiting for states from disk or remote memory. `stalled_seconds`: backward waiting for a free
-    buffer. `exposed_seconds`: what was left to wait for after backward. `gathered_seconds`: the all-gather.
-    """
-
-    gradients_out_seconds: float = 0.0
-    update_seconds: float = 0.0
-    kept_seconds: float = 0.0
-    states_seconds: float = 0.0
-    parameters_back_seconds: float = 0.0
-    stalled_seconds: float = 0.0
-    exposed_seconds: float = 0.0
-    gathered_seconds: float = 0.0
-    gradients_out_bytes: int = 0
-    parameters_back_bytes: int = 0
-
-
-@dataclass
-class _Held:
-    """The gradient of a share until backward ends: whole where the device is the host, else in two parts."""
-
-    whole: torch.Tensor | None = None
-    kept: torch.Tensor | None = None
-    off: torch.Tensor | None = None
-    square: torch.Tensor | None = None
-    arriving: list[Future[None]] = field(default_factory=list)
 
 
 class OffloadedOptimizer:
@@ -183,13 +92,13 @@ class OffloadedOptimizer:
         self._by_parameter = {id(share.parameter): share for share in self.all_shares}
         self._mode = "late"
         self._micro_batches = 1
-        self._held: dict[Share, _Held] = {}
+        self._held: dict[Share, Held] = {}
         self._rooms: set[str] = set()
         self._given: list[Share] = []  # in this step, in order
         self._pending: dict[Share, list[Future[None]]] = {}
         self._unpublished: list[Share] = []
         self._returning: deque[tuple[Transfer | None, Pending | None]] = deque()
-        self._kept: dict[Share, _Kept] = {}
+        self._kept: dict[Share, Kept] = {}
         self._updates = ThreadPoolExecutor(1, "headway-update") if self.staged or plan.delayed_update else None
         self._arrivals = ThreadPoolExecutor(1, "headway-arrivals") if self.staged else None
         self._out, self._back = self._make_lanes(chunk_elements) if self.staged else (None, None)
@@ -224,7 +133,7 @@ class OffloadedOptimizer:
             for start, stop in share.chunks:
                 self._states.add(share.key(start), stop - start, self._sections(share))
                 if self.plan.delayed_update:
-                    self.store.create(_fresh(share, start), (stop - start,), share.dtype, self.plan.optimizer_on)
+                    self.store.create(share.fresh_key(start), (stop - start,), share.dtype, self.plan.optimizer_on)
 
     def _sections(self, share: Share) -> list[StateTensor]:
         moments = self._rules[share.group].states
@@ -242,7 +151,7 @@ class OffloadedOptimizer:
             values = initial(share)
             if share.kept:
                 first = None if values is None else values[: share.kept]
-                self._kept[share] = _Kept(self.optimizer, self._groups[share.group], share, first)
+                self._kept[share] = Kept(self.optimizer, self._groups[share.group], share, first)
             is_own, rule = self._is_own_master(share), self._rules[share.group]
             if is_own and self.plan.moments != "int8":
                 continue
@@ -355,7 +264,7 @@ class OffloadedOptimizer:
         held = self._held.get(share)
         is_first = held is None
         if held is None:
-            held = self._held[share] = _Held()
+            held = self._held[share] = Held()
         if not self.staged:
             held.whole = self._sum(held.whole, gradient)
             return
@@ -495,14 +404,14 @@ class OffloadedOptimizer:
         if delayed:
             assert out is not None
             if self.plan.optimizer_on != "host":
-                self.store.write(_fresh(share, start), out).wait()
+                self.store.write(share.fresh_key(start), out).wait()
         elif view is None:
             assert out is not None
             self._send_back(share, start, stop, out, transfer)
 
     def _fresh_room(self, share: Share, start: int, stop: int) -> torch.Tensor:
         if self.plan.optimizer_on == "host":
-            return self.store.resident(_fresh(share, start))
+            return self.store.resident(share.fresh_key(start))
         return torch.empty(stop - start, dtype=share.dtype)
 
     def _room_back(self, elements: int, dtype: torch.dtype) -> Transfer | None:
@@ -567,7 +476,7 @@ class OffloadedOptimizer:
         """Bring what the delayed update made of a share to where forward finds it."""
         view = None if self.staged and share.home is None else share.view()
         for start, stop in share.chunks:
-            name = _fresh(share, start)
+            name = share.fresh_key(start)
             is_resident = self.plan.optimizer_on == "host"
             values = self.store.resident(name) if is_resident else self.store.read(name).wait()
             if view is not None:
@@ -680,104 +589,8 @@ class OffloadedOptimizer:
         self._states.flush()
 
 
-class _Kept:
-    """The elements of a share that stay on the device: a float32 master there, updated by torch's own optimizer."""
-
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, group: dict[str, Any], share: Share, values: torch.Tensor | None
-    ) -> None:
-        self._is_own = share.dtype == torch.float32 and share.home is None
-        mine = share.read(0, share.kept) if values is None or self._is_own else values
-        self.master = nn.Parameter(mine if self._is_own else mine.to(share.parameter.device, torch.float32, copy=True))
-        kind = type(optimizer)
-        accepted = inspect.signature(kind.__init__).parameters
-        options = {key: value for key, value in group.items() if key in accepted and key != "params"}
-        if self.master.is_cuda and "fused" in accepted and not options.get("foreach"):
-            options["fused"] = True  # no temporary tensors, and one kernel
-        self._optimizer = kind([self.master], **options)
-        self._options = options
-
-    @property
-    def state(self) -> dict[str, Any]:
-        return self._optimizer.state[self.master]
-
-    def step(self, share: Share, gradient: torch.Tensor, group: dict[str, Any], factor: float | None) -> None:
-        if self._is_own:
-            self.master.data = share.flat()[: share.kept]  # fully_shard may have moved it
-        self.master.grad = gradient.to(self.master.dtype)
-        if factor is not None:
-            self.master.grad.mul_(factor)
-        mine = self._optimizer.param_groups[0]
-        mine.update({key: value for key, value in group.items() if key in mine and key not in ("params", "fused")})
-        self._optimizer.step()
-        self.master.grad = None
-        self._show(share)
-
-    def put(self, share: Share, master: torch.Tensor, moments: dict[str, torch.Tensor], steps: int) -> None:
-        with torch.no_grad():
-            if self._is_own:
-                self.master.data = share.flat()[: share.kept]
-            self.master.copy_(master[: share.kept])
-        self._show(share)
-        if not steps:
-            return
-        device = self.master.device
-        state: dict[str, Any] = {name: whole[: share.kept].to(device, copy=True) for name, whole in moments.items()}
-        if "betas" in self._options:
-            on = device if self._options.get("fused") else "cpu"
-            state["step"] = torch.tensor(float(steps), device=on)
-        self._optimizer.state[self.master] = state
-
-    def _show(self, share: Share) -> None:
-        if self._is_own:
-            return
-        if share.home is None:
-            share.flat()[: share.kept].copy_(self.master.detach())
-        else:
-            values = self.master.detach().to("cpu", share.dtype)
-            if (pending := share.home.write(0, share.kept, values)) is not None:
-                pending.wait()
-
-
 def _rule(optimizer: torch.optim.Optimizer, group: dict[str, Any], plan: Plan) -> HostOptimizer:
     try:
         return HostOptimizer.for_torch(optimizer, group, moments=plan.moments)
     except InputError as error:
         raise PlanError(error.message, place="plan: optimizer_on", remedy=error.remedy) from error
-
-
-def rows_of(rows: int, replicas: int, replica: int) -> tuple[int, int]:
-    """The rows (first, after the last) that a replica updates: those that `fully_shard` would give it."""
-    each = -(-rows // replicas)
-    return min(replica * each, rows), min((replica + 1) * each, rows)
-
-
-def gather_rows(shares: Sequence[Share], group: dist.ProcessGroup) -> None:
-    """Make parameters of one dtype whole on every rank of `group`, each rank giving the rows that are its own."""
-    replicas = dist.get_world_size(group)
-    mine = []
-    for share in shares:
-        local = _local(share.parameter.detach())
-        padded = torch.zeros((-(-local.shape[0] // replicas), *local.shape[1:]), dtype=local.dtype, device=local.device)
-        assert share.rows is not None
-        padded[: share.rows[1] - share.rows[0]] = local[share.rows[0] : share.rows[1]]
-        mine.append(padded.reshape(-1))
-    sent = torch.cat(mine)
-    received = [torch.empty_like(sent) for _ in range(replicas)]
-    dist.all_gather(received, sent, group=group)
-    for replica, flat in enumerate(received):
-        at = 0
-        for share, padded in zip(shares, mine):
-            local = _local(share.parameter.detach())
-            first, last = rows_of(local.shape[0], replicas, replica)
-            count = local[first:last].numel()
-            local[first:last] = flat[at : at + count].view(last - first, *local.shape[1:])
-            at += padded.numel()
-
-
-def _fresh(share: Share, start: int) -> str:
-    return f"fresh/{share.name}/{share.number}/{start}"
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

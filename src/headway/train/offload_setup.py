@@ -10,7 +10,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from headway.plan.plan import Plan
-from headway.train.offload import Home, OffloadedOptimizer, Share, rows_of
+from headway.train.infinity_groups import local_of
+from headway.train.offload import OffloadedOptimizer
+from headway.train.offload_shares import Home, Share, rows_of
 
 if TYPE_CHECKING:
     from headway.train.parallel import Parallel
@@ -53,15 +55,20 @@ def rest_optimizer(
     values: dict[Share, torch.Tensor] = {}
     for piece in parallel.pieces:
         known = masters.get(piece.position, {})
-        by_name = {piece.names[name]: tensor for name, tensor in known.items()}
+        # By the parameter and not by its name: tiles of a layer have the same.
+        first = {
+            id(piece.slice_of(parameter)): known[name]
+            for name, parameter in piece.module.model.named_parameters()
+            if name in known and not known[name].is_meta
+        }
         for name, parameter in piece.parameters():
             if id(parameter) not in groups or not parameter.requires_grad:
                 continue
             share = _share(name, parameter, groups[id(parameter)], plan, replica)
             share.home = (homes or {}).get(id(parameter))
             shares.append(share)
-            if name in by_name and not by_name[name].is_meta:
-                values[share] = by_name[name]
+            if id(parameter) in first:
+                values[share] = first[id(parameter)]
 
     def initial(share: Share) -> torch.Tensor | None:
         whole = values.pop(share, None)
@@ -91,7 +98,7 @@ def rest_optimizer(
 
 def _share(name: str, parameter: nn.Parameter, group: int, plan: Plan, replica: int) -> Share:
     if isinstance(parameter, DTensor):
-        return Share(name, parameter, group, parameter.to_local().numel())
+        return Share(name, parameter, group, local_of(parameter).numel())
     if plan.data == 1 or not parameter.ndim:
         return Share(name, parameter, group, parameter.numel())
     rows = rows_of(parameter.shape[0], plan.data, replica)

@@ -79,11 +79,17 @@ class Host:
             return f"the run directory {Path(token_file).parent} is another one there, or none"
         return ""
 
-    def free_port(self, address: str) -> int:
-        """A TCP port that was free a moment ago."""
-        with socket.socket() as probe:
-            probe.bind((address, 0))
-            return probe.getsockname()[1]
+    def free_port(self) -> int:
+        """A TCP port that was free a moment ago on every address, which is where torch's rendezvous listens.
+
+        Below those that systems give to connections on their own, of which one could take it in the meantime.
+        """
+        for _ in range(100):
+            port = 20_000 + secrets.randbelow(12_000)
+            with socket.socket() as probe, suppress(OSError):
+                probe.bind(("", port))
+                return port
+        raise RunError("no TCP port from 20000 to 31999 is free", remedy="end what holds them on that machine")
 
     def start(
         self, rank: int, script: str, arguments: Sequence[str], variables: Mapping[str, str], files: Mapping[str, str]
@@ -251,7 +257,7 @@ def start(
                 places = ray.get([host.describe.remote() for host in hosts], timeout=SETUP_SECONDS)
                 _check_files(ray, hosts, places, script, run_directory)
                 address = places[0]["address"]
-                port = ray.get(hosts[0].free_port.remote(address), timeout=SETUP_SECONDS)
+                port = ray.get(hosts[0].free_port.remote(), timeout=SETUP_SECONDS)
                 started = []
                 for rank, variables in enumerate(_environments(plan, cluster, places, needs, run_directory)):
                     variables |= {"MASTER_ADDR": address, "MASTER_PORT": str(port), "HEADWAY_INIT_METHOD": "env://"}

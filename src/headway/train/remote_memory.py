@@ -1,6 +1,7 @@
 """The memory node of a run: started before its ranks, told to them by a variable, ended after them.
 
-A plan that rests something in remote memory needs a node to rest it in. On one machine that is a process of its own
+A plan that rests something in remote memory needs a node to rest it in, and so do checkpoints that are to outlive the
+ranks (`train.remote_checkpoint`). On one machine that is a process of its own
 (`memory.remote_shared`), large enough for all ranks there. `headway run` starts it before the ranks; under torchrun or
 Slurm the first rank on each machine does. It ends with the process that started it, however that ends, and the kernel
 frees the memory when the last rank has gone.
@@ -22,15 +23,25 @@ import torch.distributed as dist
 
 from headway.errors import DoesNotFitError, FieldError, HeadwayError, RunError
 from headway.exchange.ending import gather_bytes
-from headway.memory.preflight import rank_needs
+from headway.exchange.placement import whole_number
+from headway.memory.preflight import checkpoint_bytes, rank_needs
 from headway.memory.remote_shared import MemoryNode, NodeAddress, SharedVerbs, start_memory_node
 from headway.memory.remote_store import RemoteStore
 from headway.memory.transfers import SEGMENT_BYTES
 from headway.plan.plan import Plan
+from headway.train.infinity_homes import piece_bytes
 from headway.value import Value
 from headway.workload.graph import Workload
 
-__all__ = ["VARIABLE", "RemoteMemory", "attach", "join_memory_node", "memory_node", "region_size"]
+__all__ = [
+    "VARIABLE",
+    "RemoteMemory",
+    "attach",
+    "join_memory_node",
+    "memory_node",
+    "region_size",
+    "transfer_buffer_bytes",
+]
 
 VARIABLE = "HEADWAY_REMOTE_MEMORY"
 """Environment variable with a `RemoteMemory` in JSON: where ranks find the memory node of their run."""
@@ -48,20 +59,34 @@ class RemoteMemory(Value):
     slots: int
 
 
-def region_size(plan: Plan, workload: Workload, ranks: Sequence[int]) -> tuple[int, int]:
+def transfer_buffer_bytes() -> int:
+    """Those that a rank's store has for transfers: HEADWAY_BUFFER_BYTES, or 256 MiB."""
+    return whole_number(os.environ, "HEADWAY_BUFFER_BYTES", 256 * 2**20)
+
+
+def region_size(plan: Plan, workload: Workload, ranks: Sequence[int], *, checkpoints: bool = False) -> tuple[int, int]:
     """(bytes, names) of a region for what these ranks keep in remote memory, with some room to spare.
 
-    The variable HEADWAY_REMOTE_BYTES sets the bytes instead.
+    `checkpoints`: two of the run's as well, the newest and the one that is being written. The variable
+    HEADWAY_REMOTE_BYTES sets the bytes instead.
     """
     size = names = 0.0
     graph = workload.graph
+    piece = min(SEGMENT_BYTES, piece_bytes(transfer_buffer_bytes(), "remote"))
     for rank in ranks:
         resting = rank_needs(plan, workload, rank)["remote"]
         size += resting * (_ACTIVATIONS_MARGIN if plan.activations_on == "remote" else _MARGIN)
-        # Segments, and what is smaller than one: chunks of states, updated values that wait, groups, saved storages.
-        names += 2 * resting / SEGMENT_BYTES + 4 * len(graph.parameters) * max(1, sum(plan.tiles.values()))
+        # Segments, or the pieces of groups where these are smaller; and what is smaller than one: chunks of states,
+        # updated values that wait, groups, saved storages.
+        names += 2 * resting / piece + 4 * len(graph.parameters) * max(1, sum(plan.tiles.values()))
         if plan.activations_on == "remote":
             names += 2 * len(graph.operators) * (plan.micro_batches if plan.pipeline > 1 else 1)
+    if checkpoints:
+        kept = 2.0 * checkpoint_bytes(workload)
+        size += kept * _MARGIN
+        # Parts of at least half a segment, or segments; each rank's last part; metadata, some kB for each parameter.
+        names += 2.0 * kept / SEGMENT_BYTES + 16 * len(ranks)
+        size += 2.0 * len(ranks) * 2**13 * (4 + len(graph.parameters))
     slots = 256 + int(names)
     wanted = os.environ.get("HEADWAY_REMOTE_BYTES", "")
     if wanted and not wanted.isdigit():
@@ -71,16 +96,17 @@ def region_size(plan: Plan, workload: Workload, ranks: Sequence[int]) -> tuple[i
 
 
 @contextlib.contextmanager
-def memory_node(plan: Plan, workload: Workload | Path) -> Iterator[dict[str, str]]:
+def memory_node(plan: Plan, workload: Workload | Path, *, checkpoints: bool = False) -> Iterator[dict[str, str]]:
     """The variables that tell the ranks of `plan` where their memory node is, which lives as long as this is open.
 
-    None, and no process, where the plan needs no remote memory. Raises DoesNotFitError where there is too little.
+    None, and no process, where neither the plan nor `checkpoints` need remote memory. Raises DoesNotFitError where
+    there is too little.
     """
-    if "remote" not in plan.tiers:
+    if "remote" not in plan.tiers and not checkpoints:
         yield {}
         return
     workload = Workload.load(workload) if isinstance(workload, Path) else workload
-    node, remote = _start(plan, workload, range(plan.world_size))
+    node, remote = _start(plan, workload, range(plan.world_size), checkpoints=checkpoints)
     with node:
         yield {VARIABLE: remote.to_json()}
 
@@ -133,14 +159,18 @@ def attach(
     )
 
 
-def _start(plan: Plan, workload: Workload, ranks: Sequence[int]) -> tuple[MemoryNode, RemoteMemory]:
-    size, slots = region_size(plan, workload, ranks)
+def _start(
+    plan: Plan, workload: Workload, ranks: Sequence[int], *, checkpoints: bool = False
+) -> tuple[MemoryNode, RemoteMemory]:
+    size, slots = region_size(plan, workload, ranks, checkpoints=checkpoints)
     try:
         node = start_memory_node(size)
     except DoesNotFitError as error:
         fields = [f for f in ("parameters_on", "optimizer_on", "activations_on") if getattr(plan, f) == "remote"]
         raise DoesNotFitError(
-            error.message, place="plan: " + ", ".join(fields), remedy='choose "disk", or end what else uses memory'
+            error.message,
+            place="plan: " + ", ".join(fields) if fields else "checkpoints in remote memory",
+            remedy='choose "disk", or end what else uses memory',
         ) from error
     return node, RemoteMemory(node=node.address, slots=slots)
 

@@ -28,7 +28,8 @@ from headway.predict.profile import Profile
 from headway.predict.step import Predictor, check_fit
 from headway.search.find import Constraints, Goal, Ranking
 from headway.search.methods import find_by
-from headway.train.launch import launch
+from headway.train.launch import check_options, launch
+from headway.train.remote_memory import transfer_buffer_bytes
 from headway.train.source import find_workload
 from headway.train.support import check_supported
 from headway.train.tier_store import tier_directory
@@ -173,12 +174,15 @@ def run(
     resume: str | None = None,
     name: str | None = None,
     checkpoint_every: int | None = None,
+    checkpoint_on: Literal["disk", "remote"] = "disk",
+    restarts: int = 0,
     root: Path = Path("runs"),
 ) -> RunResult:
     """Train a script under the best plan for the machines, or under the plan in `plan_path`.
 
     `resume` names a run directory (or one of its checkpoints): training goes on from its latest checkpoint, by default
-    with the script, the arguments and the plan of that run. Everything is left in `root`/`name`.
+    with the script, the arguments and the plan of that run. Everything is left in `root`/`name`. `checkpoint_on` and
+    `restarts`: as for `train.launch.launch`.
     Raises whatever went wrong as a HeadwayError, with the run directory in good order.
     """
     checkpoint: Path | None = None
@@ -194,6 +198,7 @@ def run(
     else:
         directory = _new_directory(root, name or Path(script).stem, named=name is not None)
     # What cannot work is refused before anything slow begins, and before a folder is made.
+    check_options(engine, checkpoint_every=checkpoint_every, checkpoint_on=checkpoint_on, restarts=restarts)
     if not Path(script).is_file():
         raise FileError("no such script", place=script, remedy="give the path of a Python script")
     plan = None
@@ -232,7 +237,10 @@ def run(
             prediction = Predictor(workload, machines, profile).predict(plan)
         check_fit(prediction, plan, machines)
         if engine == "local":
-            check_here(plan, workload, machines, directory=tier_directory())
+            check_here(
+                plan, workload, machines, directory=tier_directory(), buffer_bytes=transfer_buffer_bytes(),
+                remote_checkpoints=checkpoint_on == "remote",
+            )  # fmt: skip
         _check_is_here(plan, machines, engine)
         workload.save(directory / "workload.json")
         machines.save(directory / "cluster.json")
@@ -253,6 +261,8 @@ def run(
             engine=engine,  # type: ignore[arg-type]
             resume=checkpoint,
             checkpoint_every=checkpoint_every,
+            checkpoint_on=checkpoint_on,
+            restarts=restarts,
             on_event=watcher.event,
             on_output=watcher.output,
         )

@@ -34,14 +34,14 @@ from torch.utils.data import DataLoader
 
 from headway.errors import FieldError, InputError, PlanError, RunError, TraceError
 from headway.exchange.ending import gather_bytes, leave_group
-from headway.exchange.placement import place_of, whole_number
 from headway.hardware.host import keep_freed_memory
-from headway.plan.plan import Plan, Stage
-from headway.train import checkpoint, measure
+from headway.plan.plan import Plan
+from headway.train import measure
 from headway.train.data import StepSampler, batch_size_of, share_of, slice_batch, split_batch
+from headway.train.environment import device_of, join, path_in, place_among_ranks, read_plan, replicas_only
 from headway.train.events import emit
 from headway.train.parallel import Loss, Parallel, parallelise
-from headway.train.support import check_supported
+from headway.train.saving import Saving
 from headway.value import write_atomically
 from headway.workload.graph import Graph, OptimizerKind, Workload
 
@@ -90,19 +90,17 @@ class Session:
             construct_on_meta()
             self.rank, self.world_size, local_rank = 0, 1, 0
         else:
-            self.rank, self.world_size, local_rank = _place_among_ranks()
-        self.plan, self.workload = (None, None) if self.is_trace else _read_plan(self.world_size)
-        self.device = _device(local_rank, self.is_trace)
+            self.rank, self.world_size, local_rank = place_among_ranks()
+        self.plan, self.workload = (None, None) if self.is_trace else read_plan(self.world_size)
+        self.device = device_of(local_rank, self.is_trace)
         if self.world_size > 1 and not dist.is_initialized():
-            _join(self.rank, self.world_size, self.device, self.plan)
-        self.steps_done = 0
+            join(self.rank, self.world_size, self.device, self.plan)
         self.steps: int | None = None
-        self._resume = None if self.is_trace else _path("HEADWAY_RESUME")
-        if self._resume is not None:
-            self.steps_done = checkpoint.step_of(self._resume)
-        directory = _path("HEADWAY_RUN_DIRECTORY")
+        directory = path_in("HEADWAY_RUN_DIRECTORY")
         self.run_directory = None if self.is_trace else directory
-        self._checkpoint_every = whole_number(os.environ, "HEADWAY_CHECKPOINT_EVERY", 0)
+        folder = None if self.run_directory is None else self.run_directory / "checkpoint"
+        self._saving = None if self.is_trace else Saving(folder, self.device)
+        self.steps_done = 0 if self._saving is None else self._saving.resumed_step
         self._model: nn.Module | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._scheduler: Any = None
@@ -114,7 +112,6 @@ class Session:
         self._is_sharded = False
         self._global_batch = 0
         self._steps_here = 0
-        self._saved_step = -1
         self._ended_at = 0.0
         self._wall_seconds: list[float] = []
         self._losses: deque[float] = deque(maxlen=10)
@@ -261,8 +258,8 @@ class Session:
             measure.reset_resident_peak()  # the log itself took memory
         if stop:
             self._leave_in_good_order()
-        if self._checkpoint_every and self.steps_done % self._checkpoint_every == 0:
-            self.checkpoint()
+        assert self._saving is not None
+        self._saving.after_step(self._parallel, self.steps_done, self._scheduler)
         return value
 
     def checkpoint(self, directory: str | Path | None = None) -> Path | None:
@@ -270,15 +267,10 @@ class Session:
 
         Raises CheckpointError.
         """
-        if directory is None:
-            directory = None if self.run_directory is None else self.run_directory / "checkpoint"
-        if directory is None or self._parallel is None:
+        if self._saving is None or self._parallel is None:
             return None
-        path = checkpoint.save(Path(directory), self._parallel, step=self.steps_done, scheduler=self._scheduler)
-        self._saved_step = self.steps_done
-        if self.rank == 0:
-            emit("checkpoint", step=self.steps_done, path=str(path))
-        return path
+        place = None if directory is None else Path(directory)
+        return self._saving.save(self._parallel, self.steps_done, self._scheduler, place)
 
     def expect_loss_below(self, value: float, what: str = "") -> None:
         """Let `finish` check that the mean loss of the last ten steps is below `value`; `what` says what that is."""
@@ -289,9 +281,9 @@ class Session:
 
         Raises CheckpointError, or RunError if the loss did not fall as `expect_loss_below` demanded.
         """
-        if self.is_trace:
+        if self._saving is None:
             return
-        if self._saved_step != self.steps_done:
+        if self._saving.saved_step != self.steps_done:
             self.checkpoint()
         self._report()
         self._close()
@@ -353,7 +345,7 @@ class Session:
     def _parallelise(self, graph: Graph | None) -> None:
         assert self._model is not None
         assert self._optimizer is not None
-        plan = self.plan or _replicas_only(self._model, self.world_size, self.precision)
+        plan = self.plan or replicas_only(self._model, self.world_size, self.precision)
         store = self._remote_store(plan, graph) if "remote" in plan.tiers else None
         self._parallel = parallelise(
             self._model,
@@ -371,9 +363,8 @@ class Session:
             # Replicas and stages draw their own dropout masks; ranks that share operators must draw the same.
             pipeline, data, _ = plan.coordinates(self.rank)
             torch.manual_seed(torch.initial_seed() + 1_000_003 * (pipeline * plan.data + data))
-        if self._resume is not None:
-            checkpoint.load(self._resume, self._parallel, scheduler=self._scheduler)
-            self._saved_step = self.steps_done
+        if self._saving is not None:
+            self._saving.resume(self._parallel, self._scheduler)
         if self.rank == 0 and self.run_directory is not None:
             _forget_later_metrics(self.run_directory / "metrics.jsonl", self.steps_done)
         emit("ready", rank=self.rank)
@@ -399,7 +390,7 @@ class Session:
 
     def _trace(self, batch: Any) -> None:
         assert self._optimizer is not None
-        output = _path("HEADWAY_TRACE_OUTPUT")
+        output = path_in("HEADWAY_TRACE_OUTPUT")
         if output is None:
             raise TraceError("nowhere to write the workload to", place="HEADWAY_TRACE_OUTPUT", remedy="name a file")
         Workload(
@@ -597,62 +588,6 @@ def optimizer_kind(optimizer: torch.optim.Optimizer) -> OptimizerKind:
     )
 
 
-def _replicas_only(model: nn.Module, world_size: int, precision: str) -> Plan:
-    """Data parallel over all ranks, in one micro-batch: what happens without a plan. Its batch is a placeholder."""
-    return Plan(
-        model=type(model).__name__,
-        devices=tuple(f"rank {rank}" for rank in range(world_size)),
-        global_batch=world_size,
-        micro_batch=1,
-        data=world_size,
-        stages=(Stage(start=0, stop=1),),
-        precision=precision,  # type: ignore[arg-type]
-    )
-
-
-def _read_plan(world_size: int) -> tuple[Plan | None, Workload | None]:
-    path, workload_path = _path("HEADWAY_PLAN"), _path("HEADWAY_WORKLOAD")
-    if path is None:
-        return None, None
-    plan = check_supported(Plan.load(path).validate(place=str(path)), place=str(path))
-    if plan.world_size != world_size:
-        raise PlanError(
-            f"the plan is for {plan.world_size} ranks, and {world_size} were started",
-            place=str(path),
-            remedy=f"start {plan.world_size} ranks (torchrun --nproc-per-node {plan.world_size}), or plan again",
-        )
-    workload = Workload.load(workload_path) if workload_path is not None else None
-    if workload is not None:
-        plan.validate(workload.graph, place=str(path))
-    return plan, workload
-
-
-def _place_among_ranks() -> tuple[int, int, int]:
-    """(rank, world size, rank on this node), from what started this process; (0, 1, 0) if nothing says."""
-    place = place_of(os.environ)
-    os.environ.update(place.variables)
-    return place.rank, place.size, place.local_rank if place.local_rank >= 0 else place.rank
-
-
-def _device(local_rank: int, is_trace: bool) -> torch.device:
-    wanted = os.environ.get("HEADWAY_DEVICE", "")
-    if is_trace or wanted == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
-
-
-def _join(rank: int, world_size: int, device: torch.device, plan: Plan | None) -> None:
-    method = os.environ.get("HEADWAY_INIT_METHOD", "env://")
-    if plan is not None and plan.exchange == "headway":
-        dist.init_process_group("headway", init_method=method, rank=rank, world_size=world_size)
-    elif device.type == "cuda":
-        dist.init_process_group("nccl", init_method=method, rank=rank, world_size=world_size, device_id=device)
-    else:
-        dist.init_process_group("gloo", init_method=method, rank=rank, world_size=world_size)
-
-
 def _forget_later_metrics(path: Path, step: int) -> None:
     """Drop the lines of steps after the checkpoint that training goes on from: they will be made once more."""
     if not path.exists():
@@ -661,8 +596,3 @@ def _forget_later_metrics(path: Path, step: int) -> None:
     kept = [line for line in lines if json.loads(line)["step"] <= step]
     if len(kept) < len(lines):
         write_atomically(path, "".join(line + "\n" for line in kept))
-
-
-def _path(variable: str) -> Path | None:
-    value = os.environ.get(variable, "")
-    return Path(value) if value else None

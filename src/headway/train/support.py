@@ -44,9 +44,6 @@ def check_supported(plan: Plan, *, place: str = "plan") -> Plan:
     for name in plan.tiles:
         if name in plan.tensor_sharding:
             refuse(f"tiles.{name}", "a layer in tiles that tensor parallelism splits too", "do one or the other")
-    if plan.tiles and plan.optimizer_on != "device":
-        # Its checkpoints and masters go by the name of a parameter, which several tiles share.
-        refuse("tiles", f"layers in tiles with the optimizer on the {plan.optimizer_on}", "leave tiles empty")
     if plan.collectives and plan.exchange != "headway":
         refuse("collectives", "a choice of algorithm by axis by torch's own exchange", "set exchange to headway")
     for axis in plan.collectives:

@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 
 from headway.errors import PlanError
-from headway.exchange.placement import whole_number
 from headway.memory.tiers import RemoteRegion, Store
 from headway.plan.plan import Plan
-from headway.train.remote_memory import attach
+from headway.train.remote_memory import attach, transfer_buffer_bytes
 
 __all__ = ["open_store", "tier_directory"]
 
@@ -41,7 +40,7 @@ def open_store(
     return Store(
         device=device,
         directory=tier_directory() / f"rank-{rank}" if "disk" in tiers else None,
-        buffer_bytes=whole_number(os.environ, "HEADWAY_BUFFER_BYTES", 256 * 2**20),
+        buffer_bytes=transfer_buffer_bytes(),
         remote=remote,
     )
 

@@ -21,7 +21,16 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from headway.memory.tiling import Tile
 
-__all__ = ["RowsOfWhole"]
+__all__ = ["RowsOfWhole", "place_of"]
+
+
+def place_of(tile: Tile, values: torch.Tensor) -> tuple[int, ...]:
+    """Where in the whole tensor what this rank holds of a tile begins: an offset in each dimension."""
+    offset = (tile.start, *(0 for _ in tile.whole[1:]))
+    if not isinstance(values, DTensor):
+        return offset
+    _, within = compute_local_shape_and_global_offset(values.shape, values.device_mesh, values.placements)
+    return tuple(start + more for start, more in zip(offset, within, strict=True))
 
 
 class RowsOfWhole(torch.Tensor):
@@ -38,14 +47,9 @@ class RowsOfWhole(torch.Tensor):
         made = torch.Tensor._make_wrapper_subclass(cls, tile.whole, dtype=values.dtype, device=values.device)
         made._chunks = {}
         for tile, values in tiles:
-            offset = [tile.start] + [0] * (len(tile.whole) - 1)
-            local = values
-            if isinstance(values, DTensor):
-                _, within = compute_local_shape_and_global_offset(values.shape, values.device_mesh, values.placements)
-                offset = [start + more for start, more in zip(offset, within)]
-                local = values.to_local()
+            local = values.to_local() if isinstance(values, DTensor) else values
             if local.numel():
-                made._chunks[tuple(offset)] = local
+                made._chunks[place_of(tile, values)] = local
         return made
 
     def __init__(self, tiles: Sequence[tuple[Tile, torch.Tensor]]) -> None:

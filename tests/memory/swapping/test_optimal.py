@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from swapping_problems import drawn, least_seconds
 
-from headway.errors import DoesNotFitError, InputError
+from headway.errors import DoesNotFitError
 from headway.memory.swapping.chains import as_chain, chain_problem, chain_schedule, revolve_evaluations
 from headway.memory.swapping.decisions import program
 from headway.memory.swapping.interpreter import check
@@ -98,10 +98,16 @@ def test_what_is_not_a_chain_is_not_taken_for_one():
     assert not any(as_chain(drawn(seed, 5)) for seed in range(5))
 
 
-def test_too_many_operations_are_refused_and_groups_of_them_are_not():
+def test_a_step_too_large_for_all_stages_gets_a_schedule_and_a_bound_below_it():
     problem = drawn(4, 60, paths=False)
-    with pytest.raises(InputError, match="too many"):
-        solve(problem, 1e9, "optimal")
+    whole = price(problem, program(problem, ()))
+    answer = solve(problem, 0.7 * whole.peak_bytes, "optimal", seconds=4)
+    assert problem.compute_seconds < answer.bound_seconds <= answer.price.seconds
+    assert answer.price.seconds <= solve(problem, 0.7 * whole.peak_bytes, "dtr").price.seconds
+
+
+def test_groups_of_operations_are_a_problem_of_fewer():
+    problem = drawn(4, 60, paths=False)
     coarse, members = grouped(problem, 12)
     assert len(coarse.operations) == len(members) <= 12
     assert coarse.compute_seconds == pytest.approx(problem.compute_seconds)

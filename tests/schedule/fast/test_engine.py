@@ -14,6 +14,7 @@ from headway.schedule import fast
 from headway.schedule.fleet import Fleet, FleetNode, parse_fleet
 from headway.schedule.job import Job, ModelProfile
 from headway.schedule.pace import Overhead, Pace
+from headway.schedule.placement.cost import ModelStep, PlacementCost
 from headway.schedule.placement.rules import make_placement
 from headway.schedule.policies.catalog import make_policy
 from headway.schedule.policies.headway import HeadwayPolicy
@@ -34,6 +35,20 @@ PROFILES = {
 COLUMNS = (
     "started", "finish", "ran", "waited", "overhead", "useful", "overhead_service", "preemptions", "migrations",
 )  # fmt: skip
+
+
+# Tensors that parameter servers share out unevenly, so that the order of the nodes matters too.
+STEPS = {
+    "skewed": ModelStep((70, 5, 5, 13, 3, 4), {"": 40.0}),
+    "even": ModelStep(tuple(range(1, 30)), {"": 900.0}),
+}  # fmt: skip
+
+
+def predicted(fleet: Fleet, *, narrow: bool = False) -> PlacementCost:
+    """Costs of the two models; `narrow`: every other rack has an uplink that binds."""
+    racks = sorted({node.rack for node in fleet.nodes})
+    uplinks = dict.fromkeys(racks[::2], 7.0) if narrow else {}
+    return PlacementCost(fleet, STEPS, ports=[10.0] * len(fleet.nodes), uplinks=uplinks)
 
 
 def trace_of(jobs) -> Trace:
@@ -81,9 +96,10 @@ JOBS = st.lists(
     first=st.sampled_from([0.0, 1.0]),
     seed=st.integers(0, 5),
     patience=st.sampled_from([None, 4.0, 33.3, float("inf")]),
+    costs=st.sampled_from(["published", "ports", "uplinks"]),
 )
 def test_any_trace_gives_the_bits_of_the_pure_machine(
-    rows, policy, placement, fleet, thresholds, knob, quantum, fixed, first, seed, patience
+    rows, policy, placement, fleet, thresholds, knob, quantum, fixed, first, seed, patience, costs
 ):
     if policy == "gandiva":
         patience = None  # with a finite one the pure machine plays it
@@ -102,7 +118,12 @@ def test_any_trace_gives_the_bits_of_the_pure_machine(
         )  # fmt: skip
 
     one, other = both(
-        trace, machines, make, placement, seed=seed, pace=Pace(machines, profiles),
+        trace, machines, make, placement, seed=seed,
+        pace=Pace(
+            machines, profiles,
+            costs=None if costs == "published" or policy == "gandiva"
+            else predicted(machines, narrow=costs == "uplinks"),
+        ),
         overhead=Overhead(fixed_seconds=fixed, storage_bytes_per_second=1e9, first_start_seconds=first),
         patience_seconds=patience,
     )  # fmt: skip

@@ -33,7 +33,7 @@ from headway.schedule.policies.tiresias import (
     TwoDimensionalGittins,
     TwoDimensionalLas,
 )
-from headway.schedule.replay import play
+from headway.schedule.replay import Player, play
 from headway.schedule.scheduler import Scheduler
 
 PROFILES = Path(__file__).parents[4] / "shared" / "data" / "scheduling" / "pollux_profiles"
@@ -243,6 +243,17 @@ def test_no_grid_of_shares_is_fairer_than_gavels(speeds, fast, slow):
     assert fairness(found) >= best - 1e-4
 
 
+@pytest.mark.parametrize("make", [MaxMin, Gavel])
+def test_rounds_shorter_than_a_resumption_still_get_work_done(make):
+    fleet = uniform_fleet(1, 2)
+    jobs = [job("a", 2, 40), job("b", 2, 40)]
+    machine = Scheduler(fleet, make(5), FirstFit(), pace=Pace(fleet), overhead=Overhead(fixed_seconds=7))
+    outcome = Player(jobs, machine).until(1000).outcome()
+    # Each resumption (7 s, 2 rounds) is followed by work for as long at least: the end of the third round.
+    assert len(outcome.finished) == 2
+    assert max(outcome.completions) < 2 * 40 * (1 + 7 / 8) + 15
+
+
 def test_max_min_rounds_give_equal_time_to_equal_jobs():
     jobs = [job(name, 2, 40) for name in "ab"]
     outcome = play(jobs, uniform_fleet(1, 2), MaxMin(10), FirstFit())
@@ -379,6 +390,37 @@ def test_qssf_learns_who_submits_short_jobs():
     assert [found.start_seconds for found in outcome.jobs] == [0, 100, 110, 105]
     policy = QuasiShortestServiceFirst()
     assert policy.predicted(jobs[0]) == float("inf")
+
+
+class AskedForAll(QuasiShortestServiceFirst):
+    """As the scheduler did it before it kept groups: every job's key anew at each event."""
+
+    steady = False
+    grouped = False
+
+
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.integers(0, 60), st.integers(1, 4), st.integers(1, 40), st.sampled_from("abc"), st.sampled_from("xy")
+        ),
+        min_size=1, max_size=30,
+    ),
+    patience=st.sampled_from([None, 20.0]),
+    head=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_qssf_kept_in_groups_decides_as_if_all_jobs_were_ordered_at_each_event(rows, patience, head):
+    jobs = [
+        job(f"{stem}-{place}", devices, seconds, submit, user=user)
+        for place, (submit, devices, seconds, user, stem) in enumerate(rows)
+    ]
+    found = []
+    for policy in (QuasiShortestServiceFirst(), AskedForAll()):
+        policy.head_blocks = head
+        found.append(play(jobs, uniform_fleet(2, 2), policy, FirstFit(), patience_seconds=patience, keep_segments=True))
+    assert found[0].jobs == found[1].jobs
+    assert found[0].segments == found[1].segments
 
 
 def test_a_policy_that_only_orders_gets_the_devices_that_jobs_ask_for():

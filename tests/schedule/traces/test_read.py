@@ -50,7 +50,9 @@ GAVEL = (
     "ResNet-18 (batch size 16)\tpython3 main.py\timage\t--num_steps\t1\t1000\t1\t2\t-1.000000\t0\n"
     "A3C\tpython3 main.py\trl\t--max-steps\t1\t500\t1\t1\t-1.000000\t10.5\n"
 )
-RATES = """{"v100": {"('ResNet-18 (batch size 16)', 1)": {"null": 4.0}, "('A3C', 1)": {"null": 2.0, "x": [1, 1]}},
+RATES = """{"v100": {
+"('ResNet-18 (batch size 16)', 1)": {"null": 4.0}, "('A3C', 1)": {"null": 2.0, "('A3C', 9)": [1, 1]}
+},
 "k80": {"('ResNet-18 (batch size 16)', 1)": {"null": 1.0}}}"""
 
 

@@ -17,11 +17,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from headway.errors import InputError
+from headway.schedule.fast.costs import cost_table
 from headway.schedule.fast.kernels import JOB, ORDERS, RUN, play_compiled
 from headway.schedule.fast.places import PLACES
 from headway.schedule.fleet import Fleet
 from headway.schedule.job import Job
 from headway.schedule.pace import Overhead, Pace
+from headway.schedule.placement.cost import PlacementCost
 from headway.schedule.placement.rules import BestFit, Consolidated, FirstFit, Placement, Random, SkewBased
 from headway.schedule.policies.fifo import Fifo, FirstFitFifo, YarnCapacity
 from headway.schedule.policies.gandiva import Gandiva
@@ -83,16 +85,29 @@ def why_not(
         return "the fleet has nodes of several kinds"
     if pace is not None and (type(pace) is not Pace or pace.scaling):
         return "speeds come from measured scaling"
+    costs = pace.costs if pace is not None and pace.spread else None
+    if costs is not None and not (isinstance(costs, PlacementCost) and costs.by_traffic):
+        return "what a placement costs is not predicted by the traffic of nodes that are alike"
     for job in jobs:
         if job.kinds or job.memory_bytes:
             return f"job {job.name} names kinds or memory"
         if isinstance(policy, HeadwayPolicy) and 0 < job.minimum_devices < job.devices:
             return f"job {job.name} is elastic"
-        if isinstance(policy, Gandiva) and (job.model in policy.profiles or (pace and job.model in pace.profiles)):
+        if isinstance(policy, Gandiva) and _may_move(job, policy, pace):
             return f"gandiva may move or pack {job.model}"
         if job.devices > fleet.devices:
             return f"job {job.name} is larger than the fleet"
     return ""
+
+
+def _may_move(job: Job, policy: Gandiva, pace: Pace | None) -> bool:
+    """Whether Gandiva might pack or migrate it: the twin does neither."""
+    if job.model in policy.profiles or (pace is not None and job.model in pace.profiles):
+        return True
+    if pace is not None and pace.pairs is not None and job.model in pace.pairs.models:
+        return True
+    costs = pace.costs if pace is not None else None
+    return isinstance(costs, PlacementCost) and job.model in costs.models
 
 
 def _place_of(placement: Placement) -> str | None:
@@ -171,6 +186,7 @@ def _compiled(
     own["quantum"], own["knob"] = policy.quantum_seconds, policy.promote_knob
     own["seed"] = placement.seed & 0xFFFFFFFFFFFFFFFF if isinstance(placement, Random) else 0
     own["patience"] = patience_seconds
+    costs, jobs["cost"] = cost_table(ordered, fleet, pace, racks)
     own["racks"], own["largest_node"], own["keep"] = len(racks), node_devices.max(), keep
     rows, history, bounds = np.zeros((1, 1), dtype=np.int64), np.zeros((1, BINS)), np.array(policy.thresholds or (0.0,))
     if isinstance(policy, HeadwayPolicy):
@@ -182,7 +198,7 @@ def _compiled(
     bins = np.array(policy.thresholds, dtype=np.float64)
     decisions, _, segments = play_compiled(
         jobs, node_devices, rack_of, rules, bins, _ranks(policy), rows, history,
-        bounds, np.zeros(room, dtype=np.int64), np.zeros(room, dtype=np.int64), log,
+        bounds, np.zeros(room, dtype=np.int64), np.zeros(room, dtype=np.int64), log, costs,
     )  # fmt: skip
     back = np.empty(len(ordered), dtype=np.int64)
     back[in_turn] = np.arange(len(ordered))
@@ -211,7 +227,8 @@ def _rows(
     kind = fleet.nodes[0].kind
     base = [job.throughputs.get(kind, 1.0) if job.throughputs else 1.0 for job in ordered]
     profiles = [pace.profile(job) for job in ordered]
-    slowdown = [profile.spread_slowdown if profile and pace.spread else 1.0 for profile in profiles]
+    published = pace.spread and pace.costs is None
+    slowdown = [profile.spread_slowdown if profile and published else 1.0 for profile in profiles]
     jobs["base"] = base
     jobs["spread"] = [rate / slow for rate, slow in zip(base, slowdown, strict=True)]
     jobs["fewest"] = [fleet.fewest_nodes(job, job.devices) for job in ordered]

@@ -15,6 +15,7 @@ import heapq
 import numba
 import numpy as np
 
+from headway.schedule.fast.costs import slowdown
 from headway.schedule.fast.places import SKEW, STRICT, place_gang
 from headway.schedule.policies.history import expected_effort, learn, mixture
 
@@ -22,10 +23,11 @@ __all__ = ["JOB", "ORDERS", "RUN", "play_compiled"]
 
 JOB = np.dtype(
     [
-        # What is known before: times in seconds; `base` and `spread` are rates, well placed and not.
+        # What is known before: times in seconds; `base` and `spread` are rates, well placed and not; `cost` is the row
+        # of the table that predicts what places cost it, -1: `spread` says it.
         ("submit", "f8"), ("duration", "f8"), ("devices", "i8"), ("base", "f8"), ("spread", "f8"), ("fewest", "i8"),
         ("first_cost", "f8"), ("resume_cost", "f8"), ("strict", "b1"), ("offset", "i8"), ("fixed_key", "f8"),
-        ("joined", "f8"),
+        ("joined", "f8"), ("cost", "i8"),
         # As the fields of `Entry`.
         ("running", "b1"), ("since", "f8"), ("begun", "f8"), ("rate", "f8"), ("worked", "f8"), ("service", "f8"),
         ("ran", "f8"), ("waited", "f8"), ("overhead", "f8"), ("overhead_service", "f8"), ("level", "f8"),
@@ -75,7 +77,7 @@ def _leave(job, now):
 
 
 @numba.njit(cache=True)
-def _seat(job, now):
+def _seat(job, now, costs, rack_of, nodes, counts):
     if not job.running:
         job.waited += now - job.since
         job.level_wait += now - job.since if job.level > 0 else 0.0
@@ -86,7 +88,12 @@ def _seat(job, now):
     job.running = True
     job.since = now
     job.begun = now + cost
-    job.rate = job.spread if job.nodes > 1 and job.nodes > job.fewest else job.base
+    if job.cost >= 0:
+        job.rate = job.base
+        if job.nodes > 1:
+            job.rate /= slowdown(job.cost, job.devices, costs, rack_of, job.offset, job.nodes, nodes, counts)
+    else:
+        job.rate = job.spread if job.nodes > 1 and job.nodes > job.fewest else job.base
     job.end = job.begun + (job.duration - job.worked) / job.rate
 
 
@@ -283,11 +290,14 @@ def _make_room(jobs, chosen, total, position, trial, rack_of, rules, turn, held,
 
 
 @numba.njit(cache=True)
-def play_compiled(jobs, node_devices, rack_of, rules_row, thresholds, ranks, rows, history, bounds, nodes, counts, log):
+def play_compiled(
+    jobs, node_devices, rack_of, rules_row, thresholds, ranks, rows, history, bounds, nodes, counts, log, costs
+):
     """Play all rows of `jobs` (in order of submission, none larger than the fleet) to the end.
 
     Returns the number of decisions, of events, and the segments kept. `nodes`, `counts`: room for what each job holds,
-    from its `offset` on; `rows`, `history`: groups of each job and counts of each group, for "headway".
+    from its `offset` on; `rows`, `history`: groups of each job and counts of each group, for "headway";
+    `costs`: a `CostTable`.
     """
     rules = rules_row[0]
     total = len(jobs)
@@ -645,7 +655,7 @@ def play_compiled(jobs, node_devices, rack_of, rules_row, thresholds, ranks, row
             for at in range(job.offset, job.offset + job.nodes):
                 nodes[at], counts[at] = target_nodes[at], target_counts[at]
             _give(job, free, nodes, counts, -1)
-            _seat(job, now)
+            _seat(job, now, costs, rack_of, nodes, counts)
             if job.overdue:
                 job.overdue = False
                 _set_key(job, now, order, ranks, efforts, number, rules.quantum)

@@ -30,7 +30,8 @@ class SpreadCost:
     """Predicts steps of one model on a cluster whose nodes are alike, by where its workers are.
 
     `model`: a name of the zoo; `samples`: of each worker. `efficiency`: which part of the links' bandwidth parameter
-    servers reach. Raises InputError for a cluster of one node: there is nothing to be spread over.
+    servers reach. `device`: by name, whose compute counts; empty: the first. Raises InputError for a cluster of one
+    node: there is nothing to be spread over.
     """
 
     def __init__(
@@ -43,11 +44,12 @@ class SpreadCost:
         efficiency: float = 1.0,
         elements: Sequence[int] = (),
         compute_seconds: float = 0.0,
+        device: str = "",
     ) -> None:
         self.cluster = cluster
         self.nodes: dict[str, list[str]] = {}
-        for device in cluster.devices:
-            self.nodes.setdefault(device.node, []).append(device.name)
+        for each in cluster.devices:
+            self.nodes.setdefault(each.node, []).append(each.name)
         if len(self.nodes) < 2:
             raise InputError("has one node", place=f"cluster {cluster.name}", remedy="being spread needs several")
         self.architecture = architecture
@@ -58,7 +60,8 @@ class SpreadCost:
             graph = zoo.trace(model)
             self.elements = tuple(parameter.elements for parameter in graph.parameters)
             predictor = Predictor(Workload(graph=graph), cluster, communication=self.communication)
-            kind = cluster.devices[0].accelerator
+            names = [each.name for each in cluster.devices]
+            kind = cluster.devices[names.index(device) if device else 0].accelerator
             forward, backward = predictor.layer_seconds(kind, samples, crowded=False)
             self.compute_seconds = forward[-1] + backward[-1]
         first, second = list(self.nodes.values())[:2]

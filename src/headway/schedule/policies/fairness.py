@@ -76,7 +76,7 @@ class RoundPolicy(Policy):
         raise NotImplementedError
 
     def arrange(self, view: View) -> list[Wish]:
-        """Within a round those that run stay first; at its end, who lacks most of its part."""
+        """Within a round those that run stay first, as do at its end those that hardly began; then who lacks most."""
         now = view.now
         self._account(view, now)
         begins = now >= self._round_ends
@@ -90,7 +90,7 @@ class RoundPolicy(Policy):
             for kind, part in parts.items():
                 if part > 1e-9:
                     had = self._had.get((number, kind), 0.0)
-                    stays = not begins and entry.running and _kind(entry, view) == kind
+                    stays = entry.running and _kind(entry, view) == kind and not (begins and view.repays(entry))
                     lacking.append(((not stays, had / (part * present), -part, number), entry, kind))
         lacking.sort(key=lambda item: item[0])
         wishes, seen, left = [], set(), _by_kind(view)

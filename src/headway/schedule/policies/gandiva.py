@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from headway.schedule.entry import Entry
 from headway.schedule.job import Job, ModelProfile
@@ -16,9 +16,12 @@ class Gandiva(Policy):
 
     - time slicing: while jobs wait, those that have held devices longest in the current round give way each quantum:
       the order is by slices had, then by submission;
-    - packing: a job that would wait shares the devices of one of the same size, where both are known to leave enough
-      idle: utilisations that add up to at most 1, so that neither slows the other;
-    - migration: a job that runs spread is moved together when there is room and the move is paid for (`migrates`).
+    - packing: a job that would wait shares the devices of one of the same size, the one with whom most is gained: by
+      measured speeds of the pair, if together they do more than one alone, else where both are known to leave enough
+      idle (utilisations that add up to at most 1). Gandiva tries pairs out and undoes what slows (section 3.3); with
+      the speeds known before, such pairs are not formed;
+    - migration: a job that runs spread is moved together when there is room and the move is paid for (`migrates`); one
+      that is slowed by whom it shares with gets devices of its own when some are free that nobody else waits for.
 
     Gandiva minds efficiency, not completion times, and so is agnostic of sizes. Starvation: none: a job that has had
     fewer slices goes first, and a newcomer begins with as many as the one that had fewest.
@@ -68,30 +71,69 @@ class Gandiva(Policy):
             else:
                 waiting.append(entry)
         # Those that share already keep their partner, so that nobody moves for nothing.
-        taken: set[int] = set()
-        numbers = {host.number for host in hosts}
-        for entry in sorted(waiting, key=lambda entry: entry.host < 0):
-            if entry.running and entry.host in numbers and entry.host not in taken:
-                taken.add(entry.host)
-                wishes.append(Wish(entry, entry.job.devices, host=entry.host))
-                continue
-            host = None
-            if entry.job.model in self.profiles:
-                host = next(
-                    (host for host in hosts if host.number not in taken and self._fits(entry.job, host.job)), None
-                )
-            if host is None:
+        by_number = {host.number: host for host in hosts}
+        guests = [entry for entry in waiting if entry.running and entry.host in by_number]
+        alone = len(guests) == len(waiting)  # nobody waits for the devices that are left
+        rest: list[Entry] = []
+        for entry in waiting:
+            if not (entry.running and entry.host in by_number):
+                rest.append(entry)
+            elif (
+                alone
+                and entry.job.devices <= left
+                and self._leaves(entry, by_number[entry.host], view)
+                and entry.job.devices <= self._room(entry.job, hosts, view)
+            ):
+                left -= entry.job.devices
+                hosts.append(entry)
                 wishes.append(Wish(entry, entry.job.devices))
             else:
-                taken.add(host.number)
-                wishes.append(Wish(entry, entry.job.devices, host=host.number))
+                del by_number[entry.host]
+                wishes.append(Wish(entry, entry.job.devices, host=entry.host))
+        partners = _Partners(self, [host for host in hosts if host.number in by_number], view)
+        for entry in rest:
+            host = partners.best(entry.job)
+            wishes.append(Wish(entry, entry.job.devices, host=-1 if host is None else host.number))
         return wishes
 
-    def _fits(self, job: Job, host: Job) -> bool:
-        if job.devices != host.devices or job.kinds != host.kinds:
-            return False
+    def gain(self, job: Job, host: Job, kind: str, view: View) -> float:
+        """What both get done on the devices of one, over what one would alone, less 1; at most 0: they stay apart."""
+        pairs = view.pace.pairs
+        if pairs is not None:
+            speeds = []
+            # Wherever they may be moved to together, neither may come to a halt.
+            for place in {node.kind for node in view.fleet.nodes}:
+                both = (
+                    pairs.speed(job.model, host.model, job.devices, place),
+                    pairs.speed(host.model, job.model, job.devices, place),
+                )
+                if both[0] == 0 or both[1] == 0:
+                    return 0.0
+                if place == kind:
+                    speeds = [speed for speed in both if speed is not None]
+            if len(speeds) == 2:
+                return sum(speeds) - 1
         first, second = self.profiles.get(job.model), self.profiles.get(host.model)
-        return first is not None and second is not None and first.utilisation + second.utilisation <= 1
+        return 1.0 if first and second and first.utilisation + second.utilisation <= 1 else 0.0
+
+    def _leaves(self, entry: Entry, host: Entry, view: View) -> bool:
+        """Whether devices of its own would speed up one of the two, and it has worked longer than the move lasts."""
+        kind = view.fleet.nodes[entry.counts[0][0]].kind
+        speeds = (view.pace.shared_rate(entry.job, host.job, kind), view.pace.shared_rate(host.job, entry.job, kind))
+        return min(speeds) < 1 and view.repays(entry)
+
+    @staticmethod
+    def _room(job: Job, hosts: Iterable[Entry], view: View) -> int:
+        """Devices that it may use and that no other holds or is to start on. Those of nodes that are down count as if
+        they were of these."""
+        eligible = set(view.fleet.eligible(job))
+        room = sum(view.fleet.nodes[place].devices for place in eligible) - (view.fleet.devices - view.capacity)
+        for host in hosts:
+            if host.running and host.host < 0:
+                room -= sum(count for place, count in host.counts if place in eligible)
+            else:
+                room -= host.job.devices
+        return room
 
     def snapshot(self) -> dict[str, float]:
         """With how much execution each job joined."""
@@ -100,3 +142,32 @@ class Gandiva(Policy):
     def restore(self, learned: dict[str, float]) -> None:
         """Take it back."""
         self._slices = {int(number): joined for number, joined in learned.items()}
+
+
+class _Partners:
+    """Jobs that share with nobody yet, by what matters for sharing: those alike are asked about once."""
+
+    def __init__(self, policy: Gandiva, hosts: Sequence[Entry], view: View) -> None:
+        self.policy = policy
+        self.view = view
+        self._alike: dict[tuple[int, tuple[str, ...]], dict[tuple[str, str], list[tuple[int, Entry]]]] = {}
+        pairs = view.pace.pairs
+        self._known = set(policy.profiles) | set(pairs.models if pairs is not None else ())
+        for place, host in reversed(list(enumerate(hosts))):
+            if host.job.model in self._known:
+                node = host.counts[0][0] if host.counts else 0
+                group = self._alike.setdefault((host.job.devices, host.job.kinds), {})
+                group.setdefault((host.job.model, view.fleet.nodes[node].kind), []).append((place, host))
+
+    def best(self, job: Job) -> Entry | None:
+        """With whom most is gained, the first of several; None: nobody. It is taken then."""
+        if job.model not in self._known:
+            return None
+        found, most = None, (0.0, 0)
+        for (_, kind), alike in self._alike.get((job.devices, job.kinds), {}).items():
+            if alike:
+                place, host = alike[-1]
+                gain = self.policy.gain(job, host.job, kind, self.view)
+                if gain > 0 and (found is None or (gain, -place) > most):
+                    found, most = alike, (gain, -place)
+        return found.pop()[1] if found else None

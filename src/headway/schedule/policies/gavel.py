@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy
 
@@ -62,55 +63,73 @@ def fair_time(jobs: Sequence[Job], devices: Mapping[str, int]) -> list[dict[str,
     gain = speed / equal[:, None] * allowed
     fair = numpy.array([[job.devices / job.weight] for job in jobs])
 
-    rows, lower, upper = [], [], []
-    for job in range(count):
-        row = numpy.zeros(count * width + 1)
-        row[job * width : (job + 1) * width] = 1.0
-        rows.append(row)
-        lower.append(-numpy.inf)
-        upper.append(1.0)
-    for kind in range(width):
-        row = numpy.zeros(count * width + 1)
-        row[kind : count * width : width] = [job.devices for job in jobs]
-        rows.append(row)
-        lower.append(-numpy.inf)
-        upper.append(float(devices[kinds[kind]]))
-    for job in range(count):
-        row = numpy.zeros(count * width + 1)
-        row[job * width : (job + 1) * width] = gain[job] * fair[job]
-        row[-1] = -1.0
-        rows.append(row)
-        lower.append(0.0)
-        upper.append(numpy.inf)
+    # Each job has its time once, each kind its devices, each job its level: row by row, what is not 0.
+    columns = numpy.arange(count * width).reshape(count, width)
+    sizes = numpy.array([float(job.devices) for job in jobs])
+    level_value = gain * fair
+    index = numpy.concatenate(
+        [
+            columns.reshape(-1),
+            columns.T.reshape(-1),
+            numpy.pad(columns, ((0, 0), (0, 1)), constant_values=count * width).reshape(-1),
+        ]
+    )
+    value = numpy.concatenate(
+        [
+            numpy.ones(count * width),
+            numpy.tile(sizes, width),
+            numpy.pad(level_value, ((0, 0), (0, 1)), constant_values=-1.0).reshape(-1),
+        ]
+    )
+    row = numpy.concatenate(
+        [
+            numpy.repeat(numpy.arange(count), width),
+            count + numpy.repeat(numpy.arange(width), count),
+            count + width + numpy.repeat(numpy.arange(count), width + 1),
+        ]
+    )
+    lower = numpy.concatenate([numpy.full(count + width, -numpy.inf), numpy.zeros(count)])
+    upper = numpy.concatenate(
+        [numpy.ones(count), [float(devices[kind]) for kind in kinds], numpy.full(count, numpy.inf)]
+    )
+    rows = _Rows(row[value != 0], index[value != 0], value[value != 0], lower, upper)
     bounds = numpy.concatenate([allowed.reshape(-1).astype(float), [numpy.inf]])
     cost = numpy.zeros(count * width + 1)
     cost[-1] = 1.0
-    level = _maximise(cost, numpy.zeros(count * width + 1), bounds, rows, lower, upper)[-1]
+    level = _maximise(cost, numpy.zeros(count * width + 1), bounds, rows)[-1]
     cost = numpy.concatenate([(gain * fair).reshape(-1), [0.0]])
     floor = numpy.zeros(count * width + 1)
     floor[-1] = level * (1 - 1e-7)
-    found = _maximise(cost, floor, bounds, rows, lower, upper)
+    found = _maximise(cost, floor, bounds, rows)
     parts = found[:-1].reshape(count, width)
     # Rounded, so that jobs that are alike get equal parts: the slack of the second program would order them at will.
     return [{kind: round(float(part), 5) for kind, part in zip(kinds, row, strict=True)} for row in parts]
 
 
-def _maximise(cost, least, most, rows, lower, upper) -> numpy.ndarray:
+class _Rows(NamedTuple):
+    """A matrix by its entries, sorted by row, with the bounds of its rows."""
+
+    row: numpy.ndarray
+    column: numpy.ndarray
+    value: numpy.ndarray
+    lower: numpy.ndarray
+    upper: numpy.ndarray
+
+
+def _maximise(cost: numpy.ndarray, least: numpy.ndarray, most: numpy.ndarray, rows: _Rows) -> numpy.ndarray:
     try:
         import highspy
     except ImportError:
         raise MissingExtraError(library="highspy", extra="solve") from None
-    matrix = numpy.array(rows)
     program = highspy.HighsLp()
-    program.num_col_, program.num_row_ = matrix.shape[1], matrix.shape[0]
+    program.num_col_, program.num_row_ = len(cost), len(rows.lower)
     program.sense_ = highspy.ObjSense.kMaximize
     program.col_cost_, program.col_lower_, program.col_upper_ = cost, least, most
-    program.row_lower_, program.row_upper_ = numpy.array(lower), numpy.array(upper)
+    program.row_lower_, program.row_upper_ = rows.lower, rows.upper
     program.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
-    present = matrix != 0
-    program.a_matrix_.start_ = numpy.concatenate([[0], numpy.cumsum(present.sum(axis=1))])
-    program.a_matrix_.index_ = numpy.nonzero(present)[1]
-    program.a_matrix_.value_ = matrix[present]
+    program.a_matrix_.start_ = numpy.searchsorted(rows.row, numpy.arange(len(rows.lower) + 1))
+    program.a_matrix_.index_ = rows.column
+    program.a_matrix_.value_ = rows.value
     solver = highspy.Highs()
     solver.setOptionValue("output_flag", False)
     solver.setOptionValue("threads", 1)

@@ -9,7 +9,7 @@ how often it wants to be asked again (`quantum_seconds`), and queues by attained
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from headway.schedule.entry import Entry
@@ -32,6 +32,14 @@ class View(NamedTuple):
     fleet: Fleet
     pace: Pace
     overhead: Overhead
+
+    def repays(self, entry: Entry) -> bool:
+        """Whether a running job has worked, since it started, for at least as long as resuming it would take.
+
+        Who stops jobs by the clock before that may get nothing done at all: they would do nothing but resume.
+        """
+        cost = self.overhead.start(entry.job, self.pace.profile(entry.job), resumed=True)
+        return entry.working(self.now) >= cost
 
 
 class Wish(NamedTuple):
@@ -56,6 +64,8 @@ class Policy:
     - `migrates`: running jobs are moved onto fewer nodes when that speeds them up.
     - `steady`: the key of a job that waits stays what it is until something happens to the job itself, and devices are
       wished for as asked for: then the scheduler keeps those that wait sorted, and need not ask `arrange`.
+    - `grouped`: of a steady policy whose keys change as it learns: those that wait in one `group` have one key, which
+      `group_key` tells anew at each decision. `regroupings` counts how often jobs may have come to other groups.
     - `patience_seconds`: how long a job waits at most without a pause before it goes first, unless the scheduler is
       told otherwise; infinite where the order itself bounds every wait.
     - `clairvoyant`: it looks at how long jobs last, which nobody knows.
@@ -70,11 +80,21 @@ class Policy:
     promote_knob = 0.0
     migrates = False
     steady = False
+    grouped = False
+    regroupings = 0
     patience_seconds = math.inf
     clairvoyant = False
 
     def key(self, entry: Entry, now: float) -> tuple:
         """The smaller, the earlier. It need not break ties: `arrange` ends them with the order of submission."""
+        raise NotImplementedError
+
+    def group(self, entry: Entry) -> Hashable:
+        """Of a `grouped` policy: with whom a waiting job has one key, until `regroupings` changes."""
+        raise NotImplementedError
+
+    def group_key(self, group: Hashable) -> tuple:
+        """The `key` of those in that group, now."""
         raise NotImplementedError
 
     def arrange(self, view: View) -> list[Wish]:

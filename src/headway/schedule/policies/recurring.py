@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from typing import Any
 
 from headway.schedule.entry import Entry
@@ -24,6 +25,8 @@ class QuasiShortestServiceFirst(Policy):
     name = "qssf"
     patience_seconds = PATIENCE_SECONDS
     preemptive = False
+    steady = True
+    grouped = True
 
     def __init__(self, *, decay: float = 0.8) -> None:
         self.decay = decay
@@ -35,14 +38,25 @@ class QuasiShortestServiceFirst(Policy):
 
     def predicted(self, job: Job) -> float:
         """Seconds that the job is expected to last; infinite while nothing is known of anybody."""
-        for group in _groups(job):
-            if group in self._means:
-                return self._means[group]
-        return math.inf
+        return self._means.get(self._known(job), math.inf)
+
+    def group(self, entry: Entry) -> tuple[str, int]:
+        """From whom it is predicted, and devices."""
+        return self._known(entry.job), entry.job.devices
+
+    def group_key(self, group: Hashable) -> tuple:
+        """Predicted device-seconds."""
+        assert isinstance(group, tuple)
+        return (self._means.get(group[0], math.inf) * group[1],)
+
+    def _known(self, job: Job) -> str:
+        """The nearest of its groups of which something is known; empty: none."""
+        return next((group for group in _groups(job) if group in self._means), "")
 
     def ended(self, entry: Entry, now: float) -> None:
         """Learn from how long it ran."""
         for group in _groups(entry.job):
+            self.regroupings += group not in self._means
             old = self._means.get(group, entry.ran)
             self._means[group] = self.decay * old + (1 - self.decay) * entry.ran
 
@@ -53,6 +67,7 @@ class QuasiShortestServiceFirst(Policy):
     def restore(self, learned: Any) -> None:
         """Take them back."""
         self._means = dict(learned)
+        self.regroupings += 1
 
 
 def _groups(job: Job) -> tuple[str, ...]:

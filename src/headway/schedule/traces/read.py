@@ -47,13 +47,18 @@ __all__ = [
     "FORMATS",
     "SIA_DEVICE_HOURS",
     "Problem",
+    "Rates",
     "Trace",
     "detect",
+    "read_rates",
     "read_throughputs",
     "read_trace",
     "unfit",
     "write_trace",
 ]
+
+Rates = dict[str, dict[tuple[str, int], dict[tuple[str, int] | None, float]]]
+"""Gavel's table: kind of device, job type and devices, and beside whom (None: alone) to steps per second."""
 
 LONGEST_SECONDS = 366 * 86400.0
 _SHOWN = 50  # problems that an error's text lists; its count is of all
@@ -129,23 +134,38 @@ def read_throughputs(path: str | Path) -> dict[str, dict[tuple[str, int], float]
 
     Raises FileError, FieldError.
     """
-    return {kind: dict(table) for kind, table in _read_throughputs(str(path)).items()}
+    return {kind: {key: rates[None] for key, rates in table.items()} for kind, table in read_rates(path).items()}
+
+
+def read_rates(path: str | Path) -> Rates:
+    """Gavel's whole table: device kind to (job type, devices) to steps per second, beside each other (job type,
+    devices) on the same devices, and alone (None). Raises FileError, FieldError."""
+    return _read_rates(str(path))
 
 
 @functools.lru_cache(maxsize=4)
-def _read_throughputs(path: str) -> dict[str, dict[tuple[str, int], float]]:
+def _read_rates(path: str) -> Rates:
     try:
-        data = json.loads(read_text(path))
-        found: dict[str, dict[tuple[str, int], float]] = {}
-        for kind, table in data.items():
+        found: Rates = {}
+        for kind, table in json.loads(read_text(path)).items():
             found[kind] = {}
             for key, rates in table.items():
-                # A key is written as Python writes ('ResNet-18 (batch size 16)', 1).
-                model, _, devices = key.strip("()").rpartition(",")
-                found[kind][model.strip().strip("'\""), int(devices)] = float(rates["null"])
+                own = found[kind][_job_type(key)] = {None: float(rates["null"])}
+                for other, pair in rates.items():
+                    if other != "null":
+                        first, _ = pair
+                        own[_job_type(other)] = float(first)
+                if not all(math.isfinite(rate) and rate >= 0 for rate in own.values()):
+                    raise ValueError(f"a rate of {key} on {kind} is below 0 or not finite")
         return found
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise FieldError(f"not Gavel's table of throughputs: {error!r}", place=path) from None
+
+
+def _job_type(key: str) -> tuple[str, int]:
+    """A key is written as Python writes ('ResNet-18 (batch size 16)', 1)."""
+    model, _, devices = key.strip("()").rpartition(",")
+    return model.strip().strip("'\""), int(devices)
 
 
 def read_trace(
@@ -185,7 +205,7 @@ def read_trace(
                 "a trace of Gavel's gives steps, not run times, and its table of throughputs is not here",
                 place=str(table), remedy="give Gavel's simulation_throughputs.json as --throughputs",
             )  # fmt: skip
-        rates = _read_throughputs(str(table))
+        rates = read_throughputs(table)
     context = Context(rates, {**SIA_DEVICE_HOURS, **(device_hours or {})}, Path(path).stem)
     known = models if models is not None else KNOWN_MODELS.get(name)
     problems: list[Problem] = []

@@ -110,13 +110,18 @@ def square_root(problem: Problem, budget_bytes: float) -> Schedule:
     tried = _tried(problem, budget_bytes, "sqrt")
     fitting = [pair for pair in tried if pair[1].peak_bytes <= budget_bytes]
     if not fitting:
-        raise refuse(problem, "sqrt", min(pair[1].peak_bytes for pair in tried), budget_bytes)
+        raise refuse(
+            problem, "sqrt", min((each.peak_bytes for _, each in tried), default=cost.peak_bytes), budget_bytes
+        )
     return min(fitting, key=lambda pair: pair[1].seconds)[0]
 
 
 def recompute_all(problem: Problem, budget_bytes: float) -> Schedule:
     """Everything between checkpoints computed again, whatever the budget: as many as need least memory."""
-    schedule, cost = min(_tried(problem, 0.0, "recompute-all"), key=lambda pair: pair[1].peak_bytes)
+    tried = _tried(problem, 0.0, "recompute-all")
+    if not tried:  # fewer than two operations of which anything is saved
+        return keep_all(problem, budget_bytes)
+    schedule, cost = min(tried, key=lambda pair: pair[1].peak_bytes)
     if cost.peak_bytes > budget_bytes:
         raise refuse(problem, "recompute-all", cost.peak_bytes, budget_bytes)
     return schedule

@@ -18,7 +18,8 @@ The best answer of the other policies comes first: the program is asked for less
 
 Exact for operations with one output each; where one has several, a recomputation counts those that are still there
 twice. A chain of equal tensors is solved by dynamic programming instead. What other policies find is the answer where
-it is better than what the solver found in its time; the bound is the solver's in any case.
+it is better than what the solver found in its time. The bound is the solver's or, where it is higher, that of
+`bound.py`.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from headway.errors import DoesNotFitError, InputError, MissingExtraError
+from headway.errors import DoesNotFitError, MissingExtraError
 from headway.memory.swapping.chains import as_chain, chain_schedule
-from headway.memory.swapping.decisions import refuse, with_frees
+from headway.memory.swapping.decisions import prefetched, program, refuse, with_frees
+from headway.memory.swapping.policies.bound import lower_bound, peak_decisions
 from headway.memory.swapping.policies.capuchin import capuchin
 from headway.memory.swapping.policies.checkpointing import square_root
 from headway.memory.swapping.policies.dtr import dtr
@@ -39,6 +41,8 @@ from headway.memory.swapping.problem import Action, Problem, Schedule
 __all__ = ["optimal"]
 
 _LARGEST = 80  # operations
+_STAGES = 0.7  # of the seconds go to the program with all stages, or to schedules; the others to the bound
+_SHARES = (1.0, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7)  # of the budget, asked for at the peak
 _RELAXATION = 0.8  # of the seconds may go to the linear relaxation
 _INTERIOR = 1e-6  # what an interior point's objective may miss the optimum by
 _WINDOWS = 8  # so many beginnings and ends of the windows in which transfers must have happened
@@ -47,10 +51,11 @@ _WINDOWS = 8  # so many beginnings and ends of the windows in which transfers mu
 def optimal(
     problem: Problem, budget_bytes: float, *, seconds: float = 60.0, largest: int = _LARGEST
 ) -> tuple[Schedule, float, bool]:
-    """The best schedule found in `seconds`, a bound below all of them (0: none known), whether it was proven best.
+    """The best schedule found in `seconds`, a bound below all of them, whether it was proven best.
 
-    Raises InputError for more than `largest` operations, DoesNotFitError if no schedule fits or none was found,
-    MissingExtraError without highspy (extra `solve`).
+    For more than `largest` operations there is no integer program with all stages: the schedule is the best of other
+    policies and of what `bound.py` decides at the peak, and the bound is that of `bound.py`. Raises DoesNotFitError if
+    no schedule fits or none was found, MissingExtraError without highspy (extra `solve`).
     """
     if as_chain(problem):
         found = chain_schedule(problem, budget_bytes)
@@ -59,13 +64,9 @@ def optimal(
         return found[0], found[1], True
     if problem.bytes_needed > budget_bytes:
         raise refuse(problem, "optimal", problem.bytes_needed, budget_bytes)
-    if len(problem.operations) > largest:
-        raise InputError(
-            f"{len(problem.operations)} operations are too many for the integer program, which takes {largest}",
-            place=problem.name,
-            remedy="group them first (policies.grouping.grouped)",
-        )
     without = Problem(name=problem.name, operations=problem.operations, tensors=problem.tensors)
+    # Without transfers first: fewer variables, and what they cannot hide is not in the program's objective.
+    asked = (without, problem) if problem.paths else (without,)
     candidates: list[Schedule] = []
     for policy in (square_root, dtr, superneurons, capuchin):
         try:
@@ -74,17 +75,22 @@ def optimal(
             continue
     known = min((price(problem, candidate).seconds for candidate in candidates), default=float("inf"))
     bound, proven = 0.0, False
-    # Without transfers first: fewer variables, and what they cannot hide is not in the program's objective.
-    for asked in (without, problem) if problem.paths else (without,):
-        share = 1.0 if not problem.paths else 0.15 if asked is without else 0.85
-        raw, bound, proven = _Program(asked, budget_bytes, known).solve(share * seconds)
-        if raw is not None:
-            found = Schedule(steps=with_frees(problem, raw, budget_bytes), policy="optimal")
-            if price(problem, found).peak_bytes <= budget_bytes * (1 + 1e-9):
-                candidates.append(found)
-                known = min(known, price(problem, found).seconds)
+    if len(problem.operations) <= largest:
+        for each in asked:
+            share = 1.0 if not problem.paths else 0.15 if each is without else 0.85
+            raw, bound, proven = _Program(each, budget_bytes, known).solve(share * _STAGES * seconds)
+            if raw is not None:
+                found = Schedule(steps=with_frees(problem, raw, budget_bytes), policy="optimal")
+                if price(problem, found).peak_bytes <= budget_bytes * (1 + 1e-9):
+                    candidates.append(found)
+                    known = min(known, price(problem, found).seconds)
+    else:
+        for each in asked:
+            candidates += _guided(each, problem, budget_bytes, _STAGES * seconds / len(asked))
+    if not proven:
+        bound = max(bound, lower_bound(problem, budget_bytes, seconds=(1 - _STAGES) * seconds))
     if not candidates:
-        if proven:
+        if proven or bound == float("inf"):
             raise refuse(problem, "optimal", float("inf"), budget_bytes)
         raise DoesNotFitError(
             f"no schedule was found in {seconds:.4g} s",
@@ -95,6 +101,23 @@ def optimal(
     least = min(costs)
     best = candidates[costs.index(least)]
     return Schedule(steps=best.steps, policy="optimal"), bound, least <= bound * (1 + 1e-6)
+
+
+def _guided(asked: Problem, problem: Problem, budget_bytes: float, seconds: float) -> list[Schedule]:
+    """Schedules that begin from what the bound's program decides at the peak, asked for less than the budget.
+
+    How much less: what is repeated takes memory that the program leaves out, so several shares are tried.
+    """
+    found: list[Schedule] = []
+    for share in _SHARES:
+        decisions = peak_decisions(asked, share * budget_bytes, seconds=seconds / len(_SHARES))
+        if not decisions:
+            continue
+        for each in (decisions, prefetched(problem, decisions, budget_bytes)):
+            schedule = program(problem, each, budget_bytes)
+            if price(problem, schedule).peak_bytes <= budget_bytes * (1 + 1e-9):
+                found.append(schedule)
+    return found
 
 
 class _Program:
