@@ -36,12 +36,14 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/zero.py
 	$(BIN)/python bench/offload.py
-	$(BIN)/python bench/swapping.py
+	$(BIN)/python bench/swapping.py --output bench/results/swapping.json --picture docs/images/swapping.png
+	$(BIN)/python bench/which_tier.py
 	$(BIN)/python bench/remote_memory.py
 	$(BIN)/python bench/scheduling.py
+	$(BIN)/python bench/spread.py
 
 # Against measurements that others published: make bench-published DATA=folder of their tables (docs/validation.md).
-# bench/policies.py and bench/spread.py read published traces and say where they look for them (docs/schedule.md).
+# bench/policies.py reads published traces and says where it looks for them (docs/schedule.md).
 bench-published: $(VENV)/.installed-bench
 	@test -d "$(DATA)" || { echo "name the folder: make bench-published DATA=…" >&2; exit 1; }
 	$(BIN)/python bench/prediction.py --data "$(DATA)"

@@ -328,7 +328,7 @@ def main() -> None:
     record = new_record("the rank", cores=os.cpu_count(), torch=torch.__version__) | {
         "rounds": arguments.rounds,
     }
-    console = Console(width=110 if not sys.stdout.isatty() else None, highlight=False)
+    console = Console(width=100 if not sys.stdout.isatty() else None, highlight=False)
     if arguments.only != TRAINING:
         record |= exchanged(arguments, console)
     if arguments.only != "exchange":

@@ -222,7 +222,7 @@ def main() -> None:
     options = parser.parse_args()
     record = new_record(SEED, torch=torch.__version__, numba=numba.__version__, cores=torch.get_num_threads())
     record |= {"elements": options.elements, "results": {}}
-    console = Console(width=120)
+    console = Console(width=100)
     for threads in sorted({torch.get_num_threads(), 1}, reverse=True):
         results = measure(options.elements, threads, options.rounds, options.patience)
         record["results"][f"{threads} threads"] = results

@@ -54,6 +54,8 @@ CONFIGURATIONS: list[tuple[str, int, dict[str, Any]]] = [
     ("pipeline", 2, {"pipeline": 2, "schedule": "1f1b", "micro_batch": 4}),
     ("optimizer on host", 1, {"optimizer_on": "host"}),
     ("optimizer on host, half kept", 1, {"optimizer_on": "host", "optimizer_kept": 0.5}),
+    ("optimizer on host, ZeRO-0", 2, {"data": 2, "optimizer_on": "host"}),
+    ("optimizer on host, ZeRO-1", 2, {"data": 2, "zero_stage": 1, "optimizer_on": "host"}),
     ("optimizer on disk, moments int8", 1, {"optimizer_on": "disk", "moments": "int8"}),
     ("optimizer remote, ZeRO-2", 2, {"data": 2, "zero_stage": 2, "optimizer_on": "remote"}),
     ("optimizer on host, bfloat16, delayed", 1, {"optimizer_on": "host", "precision": "bfloat16",

@@ -4,12 +4,13 @@
     python bench/policies.py --quick              a smoke run: two seeds, the first jobs of each trace
     python bench/policies.py --only muri1,drawn
 
-Published traces (in ../shared/data/scheduling, or --data) and drawn ones, each on machines that it keeps busy about
-nine tenths of the time. The first third of a published trace is the past: thresholds are tuned on it, and Gittins knows
-the services of its jobs. The rest is played. Seeds 1 to 20 draw its days again, some twice, some not at all; of a drawn
-trace they draw new jobs, and seed 0 is the past. So no policy has seen a job that it is judged on. All see the same
-jobs; resuming a job costs 30 s on all of its devices, nobody's patience ends, and all of it is played by the compiled
-twin (`engine` in the results), so that the figures don't depend on how busy the machine is.
+Published traces (in ../shared/data/scheduling, or --data) and drawn ones, each on machines that it loads, on average
+over the seeds, to between 0.5 and 1.1 of all that they can do (`load` in the results, seed by seed). The first third of
+a published trace is the past: thresholds are tuned on it, and Gittins knows the services of its jobs. The rest is
+played. Seeds 1 to 20 draw its days again, some twice, some not at all; of a drawn trace they draw new jobs, and seed 0
+is the past. So no policy has seen a job that it is judged on. All see the same jobs; resuming a job costs 30 s on all
+of its devices, and nobody's patience ends. The compiled twin plays all but elastic, which the pure machine plays; no
+figure depends on how busy the machine is.
 
 - `2d-las`, `2d-gittins`: as published, with the thresholds of Tiresias's public simulator for all traces. `2d-las
   tuned`, `2d-gittins tuned`: the pair of a grid that is best on the past of that very trace.
@@ -19,7 +20,7 @@ twin (`engine` in the results), so that the figures don't depend on how busy the
 - `philly-whole`: all 82,247 jobs as they came, once; the past is the first third here too, and so was seen by those
   that are tuned or know a history.
 - elastic: drawn jobs that could run on half of their devices, where `headway` may shrink them, Optimus and Pollux
-  resize them, and 2D-LAS does neither; played by the pure machine.
+  resize them, and 2D-LAS does neither. On n times as many devices a job is assumed n ** 0.9 times as fast.
 """
 
 import argparse
@@ -45,7 +46,7 @@ HERE = Path(__file__).parent
 DATA = HERE.parents[1] / "shared" / "data" / "scheduling"
 RESUME_SECONDS = 30.0
 PATIENCE = -1.0  # nobody's ends
-# Name: (file, fleet). Fleets so that the load is about 0.9.
+# Name: (file, fleet).
 PUBLISHED = {
     "philly": ("philly_jobs/philly.csv", "n52g8"),
     "muri1": ("muri/trace1.csv", "n18g8"),

@@ -13,7 +13,6 @@ whether its times are sums of parts.
 """
 
 import argparse
-import datetime
 import importlib.util
 import platform
 import statistics
@@ -30,7 +29,7 @@ from headway.errors import FieldError, InputError
 from headway.predict.published import PublishedRow, SkippedRow, read_rows
 from headway.predict.validation import Predicted, Prophet, Validation, is_fitted, validate
 from headway.report.validation import validation_tables, write_scatter
-from record import save_record
+from record import new_record, save_record
 
 HERE = Path(__file__).parent
 
@@ -208,6 +207,9 @@ def main() -> None:
     tables = read_folder(arguments.data)
     if not tables:
         sys.exit(f"{arguments.data}: no table of published measurements")
+    head = new_record(0, python=platform.python_version())
+    # Wherever the tables lie on the machine that reads them.
+    head["command"] = f"python bench/prediction.py --data {arguments.data.name} --worst {arguments.worst}"
     record: dict = {}
     overview = Table(box=SIMPLE_HEAD, title="Mean errors of held-out rows", title_justify="left")
     for column in ("table", "method", "rows", "step time", "memory", "regret", "rank", "a row"):
@@ -241,14 +243,7 @@ def main() -> None:
                 "seconds for each row": each,
             }
     console.print(overview)
-    content = {
-        "command": f"python bench/prediction.py --data {arguments.data.name} --worst {arguments.worst}",
-        "date": datetime.date.today().isoformat(),
-        "hardware": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
-        "seed": 0,
-        "tables": record,
-    }
-    save_record(content, arguments.output)
+    save_record(head | {"tables": record}, arguments.output)
 
 
 if __name__ == "__main__":

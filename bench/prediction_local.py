@@ -8,8 +8,6 @@ and the peak memory of every rank above what it used before the model was built.
 """
 
 import argparse
-import datetime
-import platform
 import statistics
 import sys
 import tempfile
@@ -24,7 +22,7 @@ from headway.errors import HeadwayError
 from headway.search.find import Constraints
 from headway.train.run import RunResult, compare, run
 from headway.units import format_bytes, format_seconds
-from record import save_record
+from record import new_record, save_record
 
 HERE = Path(__file__).parent
 
@@ -94,11 +92,13 @@ def measure(subject: str, devices: int, fixed: dict, steps: int, root: Path) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", help="only this subject")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "prediction_local.json")
     arguments = parser.parse_args()
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    record = new_record(0, cores=torch.get_num_threads(), torch=torch.__version__, **gpu)
     console = Console(width=100 if not sys.stdout.isatty() else None, highlight=False)
     rows = []
     table = Table(box=SIMPLE_HEAD, title="Predicted and measured on this machine", title_justify="left")
@@ -138,27 +138,9 @@ def main() -> None:
         f"{summary['pairs']} pairs ({summary['failed']} failed): median error of step time "
         f"{summary['median step-time error']:.1%}, of peak memory of a rank {summary['median memory error']:.1%}"
     )
-    hardware = {"processor": _processor(), "cores": torch.get_num_threads(), "torch": torch.__version__}
-    if torch.cuda.is_available():
-        hardware["gpu"] = torch.cuda.get_device_name()
-    record = {
-        "command": "python bench/prediction_local.py " + " ".join(sys.argv[1:]),
-        "date": datetime.date.today().isoformat(),
-        "hardware": hardware,
-        "seed": 0,
-        "summary": summary,
-        "rows": rows,
-    }
-    save_record(record, arguments.output)
+    save_record(record | {"summary": summary, "rows": rows}, arguments.output)
     if summary["failed"]:
         sys.exit(1)
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ __all__ = ["new_record", "save_record"]
 def new_record(seed: int | str, **versions: Any) -> dict[str, Any]:
     """What is known before: the command, the day, the processor, `versions` and numbers of it, the load, the seed."""
     return {
-        "command": f"python bench/{Path(sys.argv[0]).name} " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "hardware": {"processor": _processor(), **versions},
         "load_before": round(os.getloadavg()[0], 2),

@@ -10,7 +10,8 @@ one memory node. Times are virtual, from `FabricParameters`, so they do not depe
 designs cost under these parameters, not what the paper's hardware did. "clover as published" writes without looking
 whether its cursor is the newest (`Clover`, `looks_ahead`). Beside latency (average, median, 99th
 percentile) and throughput stands the load of the server (coordinator, metadata server): the busy part of its cores,
-its requests and its bytes for each call of a client. Afterwards the verbs of shared memory are timed for real.
+its requests and its bytes for each call of a client. Then what the authors say of the three designs (`SAID`) is held
+against the same cells. Afterwards the verbs of shared memory are timed for real.
 """
 
 from __future__ import annotations
@@ -46,6 +47,18 @@ VALUE_BYTES = 1000
 EXPONENT = 0.99
 CLIENTS = (1, 2, 4, 8, 16, 32, 64)
 LARGE = 64 * 2**20
+FEW = 4  # clients at most: "small scale"
+
+# What the authors found, from the abstract of the work's first version (Tsai and Zhang, arXiv 1901.01628, whose DPM-Sep
+# is Clover's forerunner; its data stores are compared by microbenchmarks and YCSB), put in our words: the store, reads
+# or updates, from so many clients to so many, and which of the three places it is said to take, 1 the fastest.
+SAID = (
+    ("Direct reads small values very well", "direct", "read", 1, FEW, 1),
+    ("Direct writes poorly", "direct", "update", 1, 64, 3),
+    ("Central writes best while there are few clients", "central", "update", 1, FEW, 1),
+    ("Central does poorly when there are many", "central", "update", 32, 64, 3),
+    ("Clover's kind does well overall (no other is ahead of it by much)", "clover as published", "all", 1, 64, 1),
+)
 
 
 def keys_of(distribution: str, keys: int, count: int, seed: int) -> np.ndarray:
@@ -98,6 +111,7 @@ def measure(
     updates = WORKLOADS[workload]
     warm = arguments.operations // 10
     latencies: list[float] = []
+    by_kind: dict[str, list[float]] = {"read": [], "update": []}
     began: list[float] = []
 
     def calls(number: int, own: Any) -> Logic[None]:
@@ -107,13 +121,15 @@ def measure(
             yield from own.open()
         for turn, key in enumerate(keys.tolist()):
             begin = yield Clock()
-            if chance.random() < updates:
+            kind = "update" if chance.random() < updates else "read"
+            if kind == "update":
                 yield from own.write(key, value)
             else:
                 yield from own.read(key)
             end = yield Clock()
             if turn >= warm:
                 latencies.append(end - begin)
+                by_kind[kind].append(end - begin)
                 began.append(begin)
 
     if server is not None:
@@ -137,11 +153,54 @@ def measure(
         "round_trips_per_call": sum(machine.round_trips for machine in machines) / every,
         "verbs_per_call": sum(machine.verbs for machine in machines) / every,
     }  # fmt: skip
+    for kind, seconds_each in by_kind.items():
+        if seconds_each:
+            cell[f"{kind}_seconds"] = statistics.fmean(seconds_each)
     if server is not None:
         cell["server_load"] = server.load(engine.now - first)
         cell["server_requests_per_call"] = server.requests / every
         cell["server_bytes_per_call"] = (server.bytes_moved - moved) / every
     return cell
+
+
+def beside_the_paper(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each statement of `SAID`: in how many of the cells that it speaks of it holds, and by how much it fails.
+
+    Compared are average latencies of the three designs as published, in one workload with as many clients. A store is
+    at its place if none (first) or both (last) of the other two are faster; "overall", it is if it takes at most 1.1
+    times as long as the fastest.
+    """
+    published = ("direct", "central", "clover as published")
+    rivals: dict[tuple[str, str, int], dict[str, dict[str, Any]]] = {}
+    for cell in cells:
+        if cell["store"] in published:
+            rivals.setdefault((cell["workload"], cell["keys"], cell["clients"]), {})[cell["store"]] = cell
+    found = []
+    for statement, store, kind, fewest, most, place in SAID:
+        name = "average_seconds" if kind == "all" else f"{kind}_seconds"
+        ratios = []  # over the fastest other (first), of the slowest other over it (last): above 1 where it fails
+        for (_, _, clients), at in rivals.items():
+            if fewest <= clients <= most and len(at) == len(published) and all(name in cell for cell in at.values()):
+                own, others = at[store][name], [cell[name] for other, cell in at.items() if other != store]
+                ratios.append(own / min(others) if place == 1 else max(others) / own)
+        limit = 1.1 if kind == "all" else 1.0
+        found.append({
+            "statement": statement, "store": store, "clients": [fewest, most], "cells": len(ratios),
+            "holds": sum(ratio <= limit for ratio in ratios), "worst_ratio": max(ratios, default=None),
+        })  # fmt: skip
+    return found
+
+
+def show_beside_the_paper(found: list[dict[str, Any]]) -> None:
+    table = Table(title="What the authors say (arXiv 1901.01628), and these cells", box=SIMPLE_HEAD)
+    for heading in ("statement", "clients", "holds in", "fails by at most"):
+        table.add_column(heading, justify="left" if heading == "statement" else "right")
+    for each in found:
+        fewest, most = each["clients"]
+        worst = each["worst_ratio"]
+        fails = "" if each["holds"] == each["cells"] else f"{worst:.2f}x"
+        table.add_row(each["statement"], f"{fewest} to {most}", f"{each['holds']} of {each['cells']}", fails)
+    Console(width=100).print(table)
 
 
 def verbs_of_this_machine() -> dict[str, float]:
@@ -226,6 +285,9 @@ def main() -> None:
             ]
             record["cells"] += cells
             show(cells, workload, distribution)
+    record["beside_the_paper"] = beside_the_paper(record["cells"])
+    if record["cells"]:
+        show_beside_the_paper(record["beside_the_paper"])
     record["shared_memory"] = verbs_of_this_machine()
     for name, number in record["shared_memory"].items():
         print(f"{name:50} {number:.3g}")

@@ -8,8 +8,6 @@ Processor time of one core, the best of several rounds. Run it on an otherwise i
 - traces: the first 1,000 to 82,247 jobs of the Philly trace on 2,048 devices (a fifth busy) and on 416 (nine tenths),
   reading the file not counted. `pure` is the state machine, `fast` its compiled twin; both end at the same bits.
 - pure: the first 10,000 jobs on 416 devices, once, under the policies that the twin does not know.
-- peer: `x 62 s` is how many times faster 10,000 jobs are than the 62 s that Tiresias's public simulator was measured to
-  need for as many, on another machine: an orientation, not a ratio of one run.
 - decisions: one call of the pure scheduler when a job ends while 1,000 or 10,000 others wait for 2,048 devices.
 """
 
@@ -45,7 +43,6 @@ POLICIES = (
 )  # fmt: skip
 ASKED = ("qssf", "themis", "max-min", "optimus", "pollux", "gavel")
 ASKED_JOBS = 10_000
-PEER_SECONDS, PEER_JOBS = 62.0, 10_000
 DECIDING = ("fifo", "srtf", "2d-las", "headway", "qssf", "gandiva", "themis", "max-min", "optimus", "pollux")
 SIZES = (1000, 10_000, 40_000, 82_247)
 PURE_JOBS = 1000
@@ -125,16 +122,15 @@ def decision_rows(counts: list[int], rounds: int) -> list[dict]:
 
 def show(record: dict, console: Console) -> None:
     table = Table(title="Whole traces, processor seconds", box=SIMPLE_HEAD, title_justify="left")
-    columns = ("fleet", "policy", "jobs", "fast", "pure", "jobs/s", "x 62 s", "decisions", "same bits")
+    columns = ("fleet", "policy", "jobs", "fast", "pure", "jobs/s", "decisions", "same bits")
     for at, column in enumerate(columns):
         table.add_column(column, justify="right" if at > 1 else "left")
     for row in [*record["traces"], *record["asked"]]:
         seconds = row["fast_seconds"] if "fast_seconds" in row else row["pure_seconds"]
-        ratio = f"{PEER_SECONDS / seconds:,.0f}" if row["jobs"] == PEER_JOBS else ""
         table.add_row(
             row["fleet"], row["policy"], f"{row['jobs']:,}",
             *(f"{row[field]:.2f}" if field in row else "" for field in ("fast_seconds", "pure_seconds")),
-            f"{row['jobs'] / seconds:,.0f}", ratio, f"{row['decisions']:,}", str(row.get("same_bits", "")),
+            f"{row['jobs'] / seconds:,.0f}", f"{row['decisions']:,}", str(row.get("same_bits", "")),
         )  # fmt: skip
     console.print(table)
     table = Table(title="One decision of the pure scheduler on 2,048 devices", box=SIMPLE_HEAD, title_justify="left")
@@ -164,10 +160,6 @@ def main() -> None:
     rounds = 1 if options.quick else options.rounds
     record["traces"] = trace_rows(whole, [300, 3000] if options.quick else list(SIZES), rounds)
     record["asked"] = asked_rows(whole, 300 if options.quick else ASKED_JOBS)
-    record["peer"] = {
-        "name": "Tiresias's public simulator", "jobs": PEER_JOBS, "seconds": PEER_SECONDS,
-        "source": "measured on another machine; not run here",
-    }  # fmt: skip
     record["decisions"] = decision_rows([1000] if options.quick else [1000, 10_000], 3 if options.quick else 15)
     show(record, Console(width=100))
     if not options.quick:

@@ -1,12 +1,15 @@
 """ZeRO's memory and communication, measured on real ranks beside the formulas of Rajbhandari et al. (SC 2020).
 
-    python bench/zero.py                    # 2 and 4 ranks, all stages
+    python bench/zero.py                    # 2 and 4 ranks, all stages, the optimizer on the device and on the host
     python bench/zero.py --width 512 --output zero.json
 
 Memory: bytes of parameters between forward and backward, and of gradients and optimizer states before the update.
 Communication: elements handed to the collectives of one step, counted where torch hands them to the process group. An
-all-reduce counts twice (reduce-scatter and all-gather), as in the paper; a reduction to an owner and a broadcast of
-what it updated count once. Gradients that a rank does not own (ZeRO-1) stand in DDP's buckets, and count.
+all-reduce counts twice (reduce-scatter and all-gather), as in the paper; a reduction to an owner, a broadcast of what
+it updated and an all-to-all count once. Beside them what the rank's process really sent, in elements of 4 bytes, as the
+kernel counts it (gloo, by TCP). Gradients that a rank does not own (ZeRO-1) stand in DDP's buckets, and count. With the
+optimizer on the host what rests there is counted by the store, and under ZeRO-2 and 3 each gradient leaves the device
+as soon as it is made.
 """
 
 from __future__ import annotations
@@ -29,29 +32,36 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent))
 from headway.exchange.ending import leave_group
-from headway.plan.plan import Plan, Stage
+from headway.plan.plan import Plan, Stage, Tier
 from headway.train.parallel import Parallel, parallelise
 from headway.workload.trace import trace
 from record import new_record, save_record
 
-__all__ = ["Measured", "float32_bytes", "measure_on", "mixed_precision_bytes"]
+__all__ = ["Measured", "float32_bytes", "measure_on", "mixed_precision_bytes", "offloaded_bytes"]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of the fullest rank: bytes of states, elements of the model, elements handed to collectives in a step."""
+    """Of the fullest rank: bytes of states, elements of the model, elements handed to collectives in a step.
+
+    `host_bytes`: of what the store keeps on the host, with `optimizer_on` "host". `sent_elements`: what the process
+    sent in the step, in units of 4 bytes.
+    """
 
     stage: int
     ranks: int
+    optimizer_on: Tier
     elements: int
     parameter_bytes: float
     gradient_bytes: float
     optimizer_bytes: float
+    host_bytes: float
     volume_elements: float
+    sent_elements: float
 
     @property
     def state_bytes(self) -> float:
-        """All three together."""
+        """All three on the device together."""
         return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
 
 
@@ -63,6 +73,14 @@ def mixed_precision_bytes(stage: int, ranks: int, elements: float) -> float:
 def float32_bytes(stage: int, ranks: int, elements: float) -> float:
     """The same division of float32 weights, gradients and two moments: 16P, 8P + 8P/N, 4P + 12P/N, 16P/N."""
     return _divided(stage, ranks, elements, 4, 4, 8)
+
+
+def offloaded_bytes(stage: int, ranks: int, elements: float) -> float:
+    """What stays on the device with the optimizer on the host: weights and gradients, 8P; 4P; 4P/N.
+
+    Under ZeRO-2 and 3 no gradient stays until the update.
+    """
+    return _divided(stage, ranks, elements, 4, 4 if stage < 2 else 0, 0)
 
 
 def _divided(stage: int, ranks: int, elements: float, weight: int, gradient: int, optimizer: int) -> float:
@@ -110,6 +128,8 @@ _COLLECTIVES = (
     ("reduce_scatter_single", 1.0, 1),
     ("allgather_into_tensor_coalesced", 1.0, 0),
     ("reduce_scatter_tensor_coalesced", 1.0, 1),
+    ("alltoall_base", 1.0, 1),
+    ("all_to_all_single", 1.0, 1),
 )
 
 
@@ -118,7 +138,7 @@ def _elements(tensors: Any) -> int:
 
 
 def measure_on(ranks: int, width: int = 64) -> list[Measured]:
-    """Train a small model for two steps under every stage, on so many processes."""
+    """Train a small model for two steps under every stage, on so many processes: the optimizer here, then there."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         command = [
@@ -138,8 +158,8 @@ def measure_on(ranks: int, width: int = 64) -> list[Measured]:
             raise RuntimeError("a rank failed")
         found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
     return [
-        max((Measured(**each[stage]) for each in found), key=lambda one: (one.state_bytes, one.volume_elements))
-        for stage in range(4)
+        max((Measured(**each[at]) for each in found), key=lambda one: (one.state_bytes, one.volume_elements))
+        for at in range(len(found[0]))
     ]
 
 
@@ -147,7 +167,9 @@ def _worker(ranks: int, rank: int, width: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     counter = Counter(dist.ProcessGroup)
-    results = [asdict(_measure(stage, ranks, rank, width, counter)) for stage in range(4)]
+    results = [
+        asdict(_measure(stage, tier, ranks, rank, width, counter)) for tier in ("device", "host") for stage in range(4)
+    ]
     (Path(folder) / f"{rank}.json").write_text(json.dumps(results))
     leave_group(torch.device("cpu"))
 
@@ -157,12 +179,12 @@ def _model(width: int) -> nn.Module:
     return nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(16)))
 
 
-def _measure(stage: int, ranks: int, rank: int, width: int, counter: Counter) -> Measured:
+def _measure(stage: int, tier: Tier, ranks: int, rank: int, width: int, counter: Counter) -> Measured:
     loss = nn.functional.mse_loss
     graph = trace(_model(width), torch.randn(2, width), name="m", loss=loss, target=torch.randn(2, width))
     plan = Plan(
         model="m", devices=tuple(str(each) for each in range(ranks)), global_batch=2 * ranks, micro_batch=2, data=ranks,
-        zero_stage=stage, stages=(Stage(start=0, stop=len(graph.layers)),),
+        zero_stage=stage, optimizer_on=tier, stages=(Stage(start=0, stop=len(graph.layers)),),
     )  # fmt: skip
     model = _model(width)
     elements = sum(parameter.numel() for parameter in model.parameters())
@@ -181,9 +203,17 @@ def _measure(stage: int, ranks: int, rank: int, width: int, counter: Counter) ->
         update()
 
     parallel._update = look_and_update  # type: ignore[method-assign]
-    before = counter.elements
+    before, sent_before = counter.elements, _sent_bytes()
     parallel.step(batch)
-    return Measured(stage, ranks, elements, volume_elements=counter.elements - before, **sizes)
+    volume, sent = counter.elements - before, (_sent_bytes() - sent_before) / 4
+    host = parallel.tier_bytes().get("host", 0.0)
+    parallel.close()
+    return Measured(stage, ranks, tier, elements, volume_elements=volume, sent_elements=sent, host_bytes=host, **sizes)
+
+
+def _sent_bytes() -> int:
+    """Bytes that this process has written to sockets and files so far; nothing here writes files during a step."""
+    return int(Path("/proc/self/io").read_text().split("wchar: ")[1].split()[0])
 
 
 def _sizes(parallel: Parallel) -> dict[str, float]:
@@ -218,24 +248,31 @@ def main() -> None:
         return
     record = new_record(0, torch=torch.__version__)
     rows = []
-    print("ranks stage  bytes/P  float32 formula  paper's (mixed)  volume/P  paper's")
+    print("ranks stage optimizer  bytes/P  float32 formula  paper's (mixed)  host/P  volume/P  paper's  sent/P")
     for ranks in [options.ranks] if options.ranks else [2, 4]:
         for each in measure_on(ranks, options.width):
+            formula = float32_bytes if each.optimizer_on == "device" else offloaded_bytes
             row = {
                 "ranks": ranks,
                 "stage": each.stage,
+                "optimizer_on": each.optimizer_on,
                 "elements": each.elements,
                 "measured_bytes_per_parameter": each.state_bytes / each.elements,
-                "float32_formula": float32_bytes(each.stage, ranks, 1.0),
-                "mixed_precision_formula": mixed_precision_bytes(each.stage, ranks, 1.0),
+                "host_bytes_per_parameter": each.host_bytes / each.elements,
+                "float32_formula": formula(each.stage, ranks, 1.0),
                 "volume_per_parameter": each.volume_elements / each.elements,
                 "volume_formula": 3 if each.stage == 3 else 2,
+                "sent_per_parameter": each.sent_elements / each.elements,
             }
+            if each.optimizer_on == "device":
+                row["mixed_precision_formula"] = mixed_precision_bytes(each.stage, ranks, 1.0)
             rows.append(row)
-            measured, volume = row["measured_bytes_per_parameter"], row["volume_per_parameter"]
-            ours, papers = row["float32_formula"], row["mixed_precision_formula"]
-            print(f"{ranks:5} {each.stage:5} {measured:8.3f} {ours:16.3f} {papers:16.3f} ", end="")
-            print(f"{volume:9.3f} {row['volume_formula']:8}")
+            papers = f"{row['mixed_precision_formula']:16.3f}" if "mixed_precision_formula" in row else f"{'-':>16}"
+            print(
+                f"{ranks:5} {each.stage:5} {each.optimizer_on:>9} {row['measured_bytes_per_parameter']:8.3f}", end=" "
+            )
+            print(f"{row['float32_formula']:16.3f} {papers} {row['host_bytes_per_parameter']:7.3f}", end=" ")
+            print(f"{row['volume_per_parameter']:9.3f} {row['volume_formula']:8} {row['sent_per_parameter']:7.3f}")
     record["rows"] = rows
     save_record(record, options.output)
 

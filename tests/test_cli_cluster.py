@@ -116,3 +116,26 @@ def test_what_makes_no_sense_is_refused_by_name(wrong, says):
     result = invoke("--cluster", "n1g4", "--workers", "1", *wrong)
     assert result.exit_code == 2
     assert says in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--patience", "--quantum"])
+@pytest.mark.parametrize("span", ["0s", "-1h", ""])
+def test_no_time_at_all_is_not_taken_for_the_default(option, span):
+    result = invoke("--synthetic", "1", option, span)
+    assert result.exit_code == 2
+    assert "rror" in result.stderr
+
+
+def test_tiresias_simulator_can_be_played_beside_the_exact_machine(trace):
+    """It counts devices, whatever the placement; of these three jobs it and the exact machine say the same."""
+    result = invoke("--trace", trace, "--cluster", "n1g4", "--policy", "fifo,srtf", "--engine", "tiresias", "--json")
+    assert result.exit_code == 0, result.stderr
+    fifo, srtf = json.loads(result.stdout)["summaries"]
+    assert {each["engine"] for each in (fifo, srtf)} == {"tiresias"}
+    assert {each["placement"] for each in (fifo, srtf)} == {"count"}
+    assert fifo["completion_mean"] == pytest.approx(16)
+    assert srtf["completion_mean"] == pytest.approx(10)
+    for wrong, says in ((("--policy", "headway"), "no headway"), (("--overhead", "1s"), "overhead")):
+        result = invoke("--trace", trace, "--cluster", "n1g4", "--policy", "fifo", "--engine", "tiresias", *wrong)
+        assert result.exit_code == 2
+        assert says in result.stderr

@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 from headway.cli.measured_times import Times, Timing, formulas_only, with_measured_times
-from headway.errors import HeadwayError
+from headway.errors import FieldError, HeadwayError
 from headway.hardware.catalog import preset
 
 NAMES = ["profile", "timing", "profile_device", "profile_source", "scale_profile", "profile_cluster"]
@@ -37,3 +37,17 @@ def test_what_they_name_reaches_the_profile(tmp_path):
         verb(first=1, **given)[1](preset("dgx-1v"))
     given["timing"] = Timing.catalog  # the formulas: no file is read
     assert verb(first=1, **given)[1](preset("dgx-1v")) is None
+
+
+@pytest.mark.parametrize("timing", [None, Timing.catalog])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("profile_device", "V100"), ("profile_source", "us"), ("scale_profile", True), ("profile_cluster", "dgx-1v")],
+)
+def test_what_says_something_about_times_that_nobody_asked_for_is_refused(timing, option, value):
+    given = dict.fromkeys(NAMES) | {option: value, "timing": timing}
+    with pytest.raises(FieldError) as caught:
+        verb(first=1, **given)
+    assert caught.value.place == f"--{option.replace('_', '-')}"
+    assert "--profile" in caught.value.remedy
+    verb(first=1, **given | {"timing": Timing.learned})  # of the user's own database

@@ -10,18 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from headway.errors import DoesNotFitError, FileError, InputError
-from headway.memory import checksum, disk
+from headway.memory import disk
 from headway.memory.buffers import PAGE_BYTES, AlignedMemory
-from headway.memory.checksum import crc32c
 from headway.memory.disk import Disk, PersistentDisk, ScratchDisk
 
 BLOCK = 2 * PAGE_BYTES
@@ -62,41 +58,6 @@ def read(where: Disk, name: str) -> np.ndarray:
 @pytest.fixture(params=[ScratchDisk, PersistentDisk])
 def kind(request):
     return request.param
-
-
-# Checksums
-
-
-def slow_crc32c(data: bytes) -> int:
-    """Bit by bit, as RFC 3720 (section 12.1) defines it."""
-    value = 0xFFFFFFFF
-    for byte in data:
-        value ^= byte
-        for _ in range(8):
-            value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
-    return value ^ 0xFFFFFFFF
-
-
-@settings(max_examples=40, deadline=None)
-@given(data=st.binary(max_size=3000))
-def test_checksums_are_crc32c(data):
-    assert crc32c(np.frombuffer(data, np.uint8)) == slow_crc32c(data)
-
-
-@pytest.mark.parametrize("size", [12287, 12288, 12289, 5 * 12288 + 3])
-def test_checksums_by_instruction_and_by_table_agree_beyond_the_lanes(size, monkeypatch):
-    data = numbers(size, size)
-    fast = crc32c(data)
-    monkeypatch.setattr(checksum, "_INSTRUCTION", "")
-    assert crc32c(data) == fast
-    assert fast != zlib.crc32(data)
-
-
-def test_checksum_of_the_published_vectors():
-    # RFC 3720, appendix B.4.
-    assert crc32c(np.zeros(32, np.uint8)) == 0x8A9136AA
-    assert crc32c(np.full(32, 255, np.uint8)) == 0x62A8AB43
-    assert crc32c(np.arange(32, dtype=np.uint8)) == 0x46DD794E
 
 
 # Bytes
@@ -384,7 +345,8 @@ def test_replaced_files_are_few_and_give_way_when_the_disk_is_full(tmp_path, mon
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     write(where, "larger", numbers(3 * BLOCK, 5))
     assert np.array_equal(read(where, "larger"), numbers(3 * BLOCK, 5))
-    assert all(path.name.startswith("larger.") for path in tmp_path.glob("*.spare"))
+    # All gave way but what "larger" has replaced itself.
+    assert all(path.stat().st_size > 3 * BLOCK for path in tmp_path.glob("*.spare"))
     where.close()
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from headway.errors import DoesNotFitError
 from headway.hardware.cluster import Accelerator, Cluster, Device
 from headway.memory import preflight
-from headway.memory.preflight import PROCESS_BYTES, Available, _control_group_left, available_here, check_here, needs_of
+from headway.memory.preflight import PROCESS_BYTES, Available, available_here, check_here, needs_of
 from headway.plan.plan import Plan, Stage
 from headway.train import run as running
 from headway.train.run import run
@@ -93,19 +93,6 @@ def test_the_error_names_the_field_the_shortfall_and_the_remedy() -> None:
 
 def test_a_plan_that_keeps_all_on_the_device_is_not_preflights_business() -> None:
     assert check_here(plan_of(), workload(), available=Available(host=0.0))
-
-
-def test_what_a_control_group_leaves_is_read_in_both_versions(tmp_path: Path) -> None:
-    assert _control_group_left(tmp_path) == float("inf")
-    (tmp_path / "memory").mkdir()
-    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("5000\n")
-    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("4000\n")
-    assert _control_group_left(tmp_path) == 1000
-    (tmp_path / "memory.max").write_text("900\n")
-    (tmp_path / "memory.current").write_text("400\n")
-    assert _control_group_left(tmp_path) == 500
-    (tmp_path / "memory.max").write_text("max\n")
-    assert _control_group_left(tmp_path) == 1000
 
 
 def test_a_real_limit_on_the_process_is_seen(tmp_path: Path) -> None:

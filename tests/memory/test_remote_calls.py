@@ -15,6 +15,8 @@ pytestmark = pytest.mark.skipif(not is_supported(), reason="abstract sockets nee
 
 
 def handle(client, request):
+    if request[0] == "long":
+        return bytes(1 << 22)
     if request[0] == "bad":
         raise InputError("a bad request", remedy="ask better")
     return [*request, "answered"]
@@ -39,6 +41,16 @@ def test_requests_are_answered_and_refusals_reach_the_caller(address):
     with pytest.raises(InputError, match="a bad request"):
         runner.carry_out(program("bad"))
     assert runner.carry_out(program("read")) == ["read", "answered"]
+    calls.close()
+
+
+def test_what_is_larger_than_a_packet_is_refused_on_both_ways_and_the_connection_stays(address):
+    calls = CallClient({"server": address})
+    with pytest.raises(InputError, match="request of 41943"):
+        calls("server", (bytes(1 << 22),))
+    with pytest.raises(InputError, match="reply of 41943"):
+        calls("server", ("long",))
+    assert calls("server", (1,)) == [1, "answered"]
     calls.close()
 
 

@@ -291,3 +291,19 @@ def test_clients_with_prefixes_use_the_same_names_for_themselves(verbs):
         one.write(str(number), memoryview(b"c" * 8))
     with pytest.raises(DoesNotFitError, match="32 names"):
         one.write("one more", memoryview(b"c"))
+
+
+def test_a_slot_that_a_kill_left_new_and_without_an_owner_is_taken_again(verbs, monkeypatch):
+    killed, other = (store_on(verbs, slots=1) for _ in range(2))
+    put = killed._put
+
+    def die(slot, word, what):
+        if word == 7:  # the owner
+            raise KeyboardInterrupt
+        put(slot, word, what)
+
+    monkeypatch.setattr(killed, "_put", die)
+    with pytest.raises(KeyboardInterrupt):
+        killed.write("a", memoryview(b"old"))
+    other.write("b", memoryview(b"new"))
+    assert content(other, "b") == b"new"

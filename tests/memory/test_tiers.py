@@ -182,6 +182,24 @@ def test_operations_on_one_name_take_effect_in_the_order_they_were_begun(store, 
         assert (read.wait() == i).all()
 
 
+def test_a_name_is_not_free_before_its_tensor_is_gone(store, region, monkeypatch):
+    region.gate.clear()
+    write = store.write("x", torch.ones(8), "remote")
+    settle = write.settle
+
+    def meanwhile() -> None:  # what another thread may do
+        with pytest.raises(InputError, match="already"):
+            store.create("x", (8,), torch.float32, "remote")
+        region.gate.set()
+        settle()
+
+    monkeypatch.setattr(write, "settle", meanwhile)
+    store.remove("x")
+    assert not region.held
+    store.write("x", torch.full((8,), 2.0), "remote").wait()
+    assert torch.equal(store.read("x", into=torch.empty(8)).wait(), torch.full((8,), 2.0))
+
+
 def test_others_go_on_while_one_is_held_up(store, region):
     region.gate.clear()
     held = store.write("slow", numbers(10), "remote")

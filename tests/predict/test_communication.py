@@ -18,6 +18,7 @@ from headway.predict.communication import (
     Communication,
     all_gather_seconds,
     all_reduce_seconds,
+    all_to_all_seconds,
     broadcast_seconds,
     reduce_scatter_seconds,
     reduce_seconds,
@@ -51,6 +52,31 @@ ALL = [
 
 def names(cluster: Cluster) -> tuple[str, ...]:
     return tuple(device.name for device in cluster.devices)
+
+
+class Asked:
+    """Knows all-gathers and all-to-alls alone, and what it was asked."""
+
+    def __init__(self) -> None:
+        self.questions: list[tuple[str, float]] = []
+
+    def seconds(self, kind: str, size_bytes: float) -> float | None:
+        self.questions.append((kind, size_bytes))
+        return 7.0 if kind in ("all_gather", "all_to_all") else None
+
+
+@pytest.mark.parametrize("formula", [*ALL, all_to_all_seconds])
+def test_what_is_known_of_a_collective_goes_before_its_formula(formula):
+    kind = formula.__name__.removesuffix("_seconds")
+    plain = Channel(size=4, latency_seconds=1e-5, bytes_per_second=1e9)
+    known = Asked()
+    found = formula(1e6, plain._replace(known=known))
+    # All of the tensor: an all-to-all is asked for with what one member has.
+    assert known.questions == [(kind, 4e6 if kind == "all_to_all" else 1e6)]
+    assert found == (7.0 if kind in ("all_gather", "all_to_all") else formula(1e6, plain))
+    alone = Asked()
+    assert formula(1e6, plain._replace(size=1, known=alone)) == 0.0
+    assert not alone.questions
 
 
 def test_a_ring_all_reduce_sends_twice_n_minus_one_over_n_of_the_bytes():

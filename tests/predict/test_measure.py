@@ -23,7 +23,7 @@ def here(make):
 def test_operators_of_a_model_are_in_the_database_with_what_they_compute(make, here, tmp_path):
     path = tmp_path / "profile.sqlite"
     workload = make.workload(make.graph(layers=2), 4)
-    profile = measure_workload(workload, here, samples=(1, 4), budget_seconds=1, database=path)
+    profile = measure_workload(workload, here, samples=(1, 4), budget_seconds=30, database=path)
     rows = [row for row in Database(path).measurements("this machine") if row.dtype]
     assert {row.operation for row in rows} == {operator_name(operator) for operator in workload.graph.operators}
     assert {row.size for row in rows} == {1.0, 4.0}
@@ -40,7 +40,7 @@ def test_operators_of_a_model_are_in_the_database_with_what_they_compute(make, h
 
 def test_what_is_in_the_database_is_not_measured_again(make, here, tmp_path):
     workload = make.workload(make.graph(layers=1), 4)
-    first = measure_workload(workload, here, samples=(2,), budget_seconds=1, database=tmp_path / "profile.sqlite")
+    first = measure_workload(workload, here, samples=(2,), budget_seconds=30, database=tmp_path / "profile.sqlite")
     again = measure_workload(workload, here, samples=(2,), budget_seconds=0, database=tmp_path / "profile.sqlite")
     assert again == first
 

@@ -170,9 +170,9 @@ def test_a_tied_parameter_is_held_once_in_a_stage_and_by_every_stage_that_reads_
 
 def test_sharding_rounds_rows_up_as_fully_shard_does(make):
     graph = make.graph(layers=1, width=6)  # weights of 24 x 6 and 6 x 24
-    elements, size = Sizes(graph).sharded(0, 1, WHOLE, 4)
-    assert elements == 6 * 6 + 2 * 24
-    assert size == 4 * elements
+    held = Sizes(graph).sharded(0, 1, WHOLE, 4)
+    assert held.elements == held.trainable_elements == 6 * 6 + 2 * 24
+    assert held.bytes == 4 * held.elements
 
 
 def test_a_split_parameter_is_divided_along_its_dimension(make):

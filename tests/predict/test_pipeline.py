@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules
 
-from headway.predict.pipeline import WEIGHT, closed_form, in_flight, order_of_rank, play
+from headway.predict.pipeline import WEIGHT, closed_form, finish_seconds, in_flight, order_of_rank, play
 
 SCHEDULES = st.sampled_from(["gpipe", "1f1b", "interleaved"])
 
@@ -158,3 +158,53 @@ def test_the_formula_knows_that_long_sends_show_in_every_round(schedule, p, fact
     times = [1.0] * p, [2.0] * p, [send] * p, [1.0] * p
     played = play(schedule, p, m, *times).seconds
     assert max(closed_form(schedule, p, m, *times)) == pytest.approx(played, rel=0.04)
+
+
+@given(
+    st.sampled_from(["gpipe", "1f1b", "interleaved", "zero_bubble"]),
+    st.integers(2, 5),
+    st.integers(1, 4),
+    st.integers(2, 3),
+    st.randoms(use_true_random=False),
+)
+def test_every_cell_starts_when_its_rank_is_free_and_what_it_needs_has_arrived(schedule, p, factor, virtual, random):
+    m, v = shape(schedule, p, factor, virtual)
+    stages = p * v
+    forward, backward, weight = ([random.uniform(0.1, 3) for _ in range(stages)] for _ in range(3))
+    backward = [b + w for b, w in zip(backward, weight, strict=True)]
+    sends = [random.choice([0.0, 0.2, 2.0]) for _ in range(p)]
+    played = play(schedule, p, m, forward, backward, sends, weight)
+    split = schedule == "zero_bubble"
+    takes = {False: forward, True: [b - w * split for b, w in zip(backward, weight, strict=True)], WEIGHT: weight}
+    ends = {cell: start + takes[cell.backward][cell.stage] for cell, start in played.starts.items()}
+    for rank in range(p):
+        before = 0.0
+        for cell in order_of_rank(schedule, rank, p, v, m):
+            stage, _, kind = cell
+            arrived = 0.0
+            if kind is False and stage:
+                arrived = ends[cell._replace(stage=stage - 1)] + sends[(stage - 1) % p]
+            elif kind is True and stage < stages - 1:
+                arrived = ends[cell._replace(stage=stage + 1)] + sends[stage % p]
+            elif kind is True:
+                arrived = ends[cell._replace(backward=False)]
+            assert played.starts[cell] == max(before, arrived)
+            before = ends[cell]
+        assert played.finish[rank] == before
+    assert finish_seconds(schedule, p, m, forward, backward, sends, weight) == played.finish
+
+
+@given(st.integers(2, 9), st.integers(1, 40), st.randoms(use_true_random=False))
+def test_the_formula_of_1f1b_follows_the_slowest_round_of_any_run_of_ranks(p, more, random):
+    """A round from rank i to j takes their work and 2 (j - i) sends, for j - i + 1 micro-batches."""
+    m = p + more
+    both = [random.uniform(0.1, 3) for _ in range(p)]
+    sends = [random.choice([0.0, 0.3, 3.0]) for _ in range(p)]
+    rounds = [
+        max(sum(both[i : i + n]) + 2 * sum(sends[i : i + n - 1]) for i in range(p - n + 1)) for n in range(1, p + 1)
+    ]
+    size = max(range(p), key=lambda n: rounds[n] / (n + 1)) + 1
+    whole, rest = divmod(m - 1, size)
+    following = whole * rounds[size - 1] + max(rounds[rest - 1] if rest else 0.0, rest * rounds[0])
+    found = closed_form("1f1b", p, m, [0.0] * p, both, sends)[0]
+    assert found == pytest.approx(sum(both) + 2 * sum(sends[: p - 1]) + following, rel=1e-12)

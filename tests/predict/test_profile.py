@@ -17,7 +17,7 @@ from headway.predict.profile import _interpolated
 def measured(make, tmp_path_factory):
     cache = tmp_path_factory.mktemp("profile") / "cache.sqlite"
     graph = make.graph(layers=2)
-    profile = Profile.measure(graph, samples=(1, 4), degrees=(1, 2), threads=1, budget_seconds=2, cache=cache)
+    profile = Profile.measure(graph, samples=(1, 4), degrees=(1, 2), threads=1, budget_seconds=30, cache=cache)
     return graph, profile, cache
 
 
@@ -92,7 +92,7 @@ def test_a_real_model_is_replayed_whole(make, tmp_path):
     graph = trace(Model(), tokens, name="small", loss=loss, target=tokens)
     for precision in ("float32", "bfloat16"):
         profile = Profile.measure(
-            graph, samples=(2,), threads=1, precision=precision, budget_seconds=1, cache=tmp_path / "cache.sqlite"
+            graph, samples=(2,), threads=1, precision=precision, budget_seconds=30, cache=tmp_path / "cache.sqlite"
         )
         assert profile.unreplayed == {}
         assert profile.forward_overhead_seconds + profile.backward_overhead_seconds > 0
@@ -105,7 +105,7 @@ def test_operators_that_cannot_be_replayed_keep_a_calibrated_roofline(make, tmp_
     operators = list(graph.operators)
     operators[1] = msgspec.structs.replace(operators[1], target="aten.no_such_operator.default")
     graph = msgspec.structs.replace(graph, operators=tuple(operators))
-    profile = Profile.measure(graph, samples=(2,), threads=1, budget_seconds=1, cache=tmp_path / "cache.sqlite")
+    profile = Profile.measure(graph, samples=(2,), threads=1, budget_seconds=30, cache=tmp_path / "cache.sqlite")
     assert profile.unreplayed == {"no_such_operator": 1}
     cluster = make.cluster(1, 1, accelerators=(make.accelerator(torch_device="cpu"),))
     time = Predictor(make.workload(graph, 4), cluster, profile).predict(make.plan(graph, cluster, 4, 2)).time
@@ -115,7 +115,7 @@ def test_operators_that_cannot_be_replayed_keep_a_calibrated_roofline(make, tmp_
 def test_a_crowd_of_processes_measures_and_leaves_nobody_behind(make, tmp_path):
     graph = make.graph(layers=1)
     profile = Profile.measure(
-        graph, samples=(2,), threads=1, concurrent=2, budget_seconds=0.5, cache=tmp_path / "cache.sqlite"
+        graph, samples=(2,), threads=1, concurrent=2, budget_seconds=30, cache=tmp_path / "cache.sqlite"
     )
     assert profile.concurrent == 2
     assert set(profile.seconds) == {operator_key(operator, 1, "float32") for operator in graph.operators}
@@ -145,7 +145,7 @@ def test_one_rank_alone_is_faster_than_one_in_a_crowd(make, measured):
 def test_a_size_that_was_measured_whole_only_is_divided_as_its_roofline_is(make, tmp_path):
     graph = make.graph(layers=1)
     cluster = make.cluster(1, 2, accelerators=(make.accelerator(torch_device="cpu"),))
-    profile = Profile.measure(graph, samples=(4,), threads=1, budget_seconds=1, cache=tmp_path / "cache.sqlite")
+    profile = Profile.measure(graph, samples=(4,), threads=1, budget_seconds=30, cache=tmp_path / "cache.sqlite")
     shards = Shards(2, frozenset({0}))
     predictor = Predictor(make.workload(graph, 4), cluster, profile)
     whole, _ = predictor.layer_seconds("unit", 4, crowded=True)

@@ -82,3 +82,23 @@ def test_torchs_exchange_gets_no_algorithms(make):
     graph, cluster = make.graph(layers=2), make.cluster(1, 4, latency=1e-4)
     best = find(make.workload(graph), cluster, constraints=Constraints(data=4), keep=1).best[0]
     assert best.plan.collectives == {}
+
+
+def test_what_an_algorithm_does_not_do_takes_what_was_measured(make):
+    class Measured:
+        def __init__(self, taken):
+            self.taken = taken
+
+        def seconds(self, kind, size_bytes):
+            return self.taken if kind == "all_gather" else None
+
+    cluster, graph = make.cluster(1, 4), make.graph()
+    communication = Communication(cluster)
+    plan = make.plan(graph, cluster, 16, 2, data=4, exchange="headway", collectives={"data": "tree"})
+    plain = communication.group(plan.devices)
+    programs = Programs(communication)
+    alone = programs.channel(plan, "data", 0, plain)
+    for taken in (7.0, 8.0):  # two places of one speed keep their own
+        channel = programs.channel(plan, "data", 0, plain._replace(known=Measured(taken)))
+        assert all_gather_seconds(1e7, channel) == taken
+        assert all_reduce_seconds(1e7, channel) == all_reduce_seconds(1e7, alone)

@@ -16,9 +16,10 @@ from headway.hardware.cluster import Cluster, Device
 from headway.plan.plan import Plan, Stage
 from headway.predict import Predictor, check_fit
 from headway.predict.memory import Keeping, Sizes
+from headway.predict.occupancy import explain, memory_over_time
 from headway.predict.operators import WHOLE, Shards
 from headway.predict.published import PublishedRow, is_fitted, read_rows
-from headway.predict.residency import Residency, explain, memory_over_time
+from headway.predict.residency import Residency
 from headway.workload.graph import Affine, Attention, Experts, Graph, OptimizerKind, Recipe, Workload
 from headway.workload.transformer import TransformerShape, transformer
 
@@ -171,6 +172,22 @@ def test_mixed_precision_takes_eighteen_bytes_and_zero_divides_them(data, contex
     assert memory.parameters_bytes == pytest.approx(2 * elements / divided[0])
     assert memory.gradients_bytes == pytest.approx(4 * elements / divided[1])
     assert memory.optimizer_bytes == pytest.approx(12 * elements / divided[2])
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_frozen_parameters_have_neither_gradients_nor_states(make, zero):
+    graph = make.graph(layers=2, width=8)
+    frozen = set(graph.layer_parameters(1, 2))
+    changed = [msgspec.structs.replace(one, trainable=one.name not in frozen) for one in graph.parameters]
+    halves = [graph, msgspec.structs.replace(graph, parameters=tuple(changed))]
+    held = []
+    for each in halves:
+        plan = plan_of(each, data=4, zero_stage=zero)
+        held.append(residency_of(each, Recipe(), count=4).memory(plan)[0])
+    whole, half = held
+    assert half.parameters_bytes == whole.parameters_bytes
+    assert half.gradients_bytes == pytest.approx(whole.gradients_bytes / 2)
+    assert half.optimizer_bytes == pytest.approx(whole.optimizer_bytes / 2)
 
 
 def test_fully_sharded_states_are_sixteen_bytes_divided_and_parameters_are_gathered_in_sixteen_bits():

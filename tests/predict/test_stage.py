@@ -14,7 +14,7 @@ from headway.plan.plan import Plan, Stage
 from headway.predict import Predictor
 from headway.predict import communication as comm
 from headway.predict.parts import Exchange, StageParts
-from headway.predict.replicas import to_owners_seconds
+from headway.predict.replicas import to_owners_seconds, to_rows_seconds
 from headway.predict.stage import hidden_behind
 from headway.workload.graph import Recipe, Workload
 from headway.workload.transformer import TransformerShape, transformer
@@ -84,7 +84,7 @@ def test_context_ranks_share_the_work_of_every_sample_and_reduce_gradients_toget
     shared = parts.stages[0]
     # Smaller products are less efficient: at least the fair share, and well below twice of it.
     assert whole.forward / context <= shared.forward * 1.001 <= 1.6 * whole.forward / context
-    channel = own.stages.channels_of(plan)[0]
+    channel = own.stages.layouts.channels_of(plan)[0]
     assert channel.replicas.size == context
     assert parts.ranks[0].exchanged > 0
     size = 0.5 * sum(layer.attention.keys_values.at(8) for layer in DENSE.layers if layer.attention is not None)
@@ -99,7 +99,7 @@ def test_experts_are_divided_and_their_tokens_cross_twice_each_way():
     own = predictor(MIXTURE, cluster)
     whole, divided = (own.parts(plan_for(MIXTURE, cluster, data=8, expert=expert)) for expert in (1, 8))
     plan = plan_for(MIXTURE, cluster, data=8, expert=8)
-    channel = own.stages.channels_of(plan)[0].expert
+    channel = own.stages.layouts.channels_of(plan)[0].expert
     sizes = [0.5 * layer.experts.dispatched.at(1) for layer in MIXTURE.layers if layer.experts is not None]
     expected = 2 * sum(comm.all_to_all_seconds(size, channel) for size in sizes)
     assert divided.stages[0].expert.forward == pytest.approx(expected)
@@ -246,7 +246,7 @@ def test_the_distributed_optimizer_scatters_gradients_and_gathers_parameters():
         own.parts(plan_for(DENSE, cluster, data=8, zero_stage=zero, overlap=False)).ranks[0] for zero in (0, 1)
     )
     elements = DENSE.parameter_count
-    channel = own.stages.channels_of(plan_for(DENSE, cluster, data=8))[0].replicas
+    channel = own.stages.layouts.channels_of(plan_for(DENSE, cluster, data=8))[0].replicas
     assert divided.gradients == pytest.approx(comm.reduce_scatter_seconds(4 * elements, channel))
     assert divided.after == pytest.approx(comm.all_gather_seconds(2 * elements, channel))
     assert plain.gradients == pytest.approx(comm.all_reduce_seconds(4 * elements, channel))
@@ -260,18 +260,44 @@ def test_zero_1_moves_each_gradient_to_its_owner_once_and_each_parameter_back_on
     own = predictor(DENSE, cluster)
     plan = plan_for(DENSE, cluster, data=data, zero_stage=1, overlap=False)
     found = own.parts(plan).ranks[0]
-    channel = own.stages.channels_of(plan)[0].replicas
+    channel = own.stages.layouts.channels_of(plan)[0].replicas
     moved = 4 * DENSE.parameter_count
     owners = data * comm.reduce_seconds(moved / data, channel)
     assert found.gradients == pytest.approx(owners)
     assert found.after == pytest.approx(data * comm.broadcast_seconds(moved / data, channel))
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+@pytest.mark.parametrize("zero", [0, 1])
+def test_with_the_optimizer_off_the_device_rows_are_reduced_to_who_updates_them_and_gathered_from_there(
+    zero: int, precision: str
+):
+    # ZeRO-Offload (Ren et al., ATC 2021), section 4.2: 2P elements under ZeRO-0 and 1, in the plan's precision.
+    cluster = preset("dgx-a100")
+    own = predictor(DENSE, cluster)
+    fields = {"data": 8, "zero_stage": zero, "optimizer_on": "host", "precision": precision}
+    plan = plan_for(DENSE, cluster, overlap=False, bucket_bytes=2**40, **fields)
+    found = own.parts(plan).ranks[0]
+    channel = own.stages.layouts.channels_of(plan)[0].replicas
+    moved = (2 if precision == "bfloat16" else 4) * DENSE.parameter_count
+    assert found.gradients == pytest.approx(comm.reduce_scatter_seconds(moved, channel))
+    assert found.after == pytest.approx(comm.all_gather_seconds(moved, channel))
+    # Each updates an eighth.
+    alone = own.parts(plan_for(DENSE, cluster, batch=2, optimizer_on="host", precision=precision)).ranks[0]
+    assert found.offload.update == pytest.approx(alone.offload.update / 8, rel=0.02)
+
+
+def test_gloo_exchanges_what_it_would_have_reduced_twice():
+    channel = comm.Channel(size=4, latency_seconds=1e-5, bytes_per_second=1e9, backend="gloo")
+    assert to_rows_seconds(1e8, channel) == pytest.approx(3e-5 + 0.75e8 / 1e9)
+    assert comm.reduce_scatter_seconds(1e8, channel) == pytest.approx(comm.all_reduce_seconds(1e8, channel))
+
+
 def test_a_bucket_of_few_tensors_is_reduced_to_few_owners():
     cluster = preset("dgx-a100")
     own = predictor(DENSE, cluster)
     plan = plan_for(DENSE, cluster, data=8, zero_stage=1, overlap=False)
-    channel = own.stages.channels_of(plan)[0].replicas
+    channel = own.stages.layouts.channels_of(plan)[0].replicas
     assert to_owners_seconds(1e6, channel, tensor_bytes=4e5) == pytest.approx(3 * comm.reduce_seconds(1e6 / 3, channel))
     assert to_owners_seconds(1e6, channel, tensor_bytes=1e7) == pytest.approx(comm.reduce_seconds(1e6, channel))
 

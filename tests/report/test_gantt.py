@@ -14,6 +14,7 @@ from headway.predict.operators import operator_name
 from headway.predict.step import Predictor
 from headway.report import gantt
 from headway.report.charts import to_svg
+from headway.report.saving import save
 from headway.report.step import compared, play, step_table, write_step
 from headway.simulate.step import simulate_step
 from headway.workload import zoo
@@ -99,4 +100,4 @@ def test_a_simulated_step_leaves_its_pictures_and_a_table_of_predicted_beside_si
     assert sum(row.predicted_seconds for row in parts) == pytest.approx(whole.predicted_seconds)
     assert step_table(prediction, played).row_count == len(rows)
     with pytest.raises(InputError):
-        gantt.save(gantt.gantt_figure(played), tmp_path / "picture.gif")
+        save(gantt.gantt_figure(played), tmp_path / "picture.gif")

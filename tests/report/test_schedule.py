@@ -11,7 +11,7 @@ from rich.console import Console
 
 from headway.errors import InputError
 from headway.report import charts
-from headway.report.gantt import save
+from headway.report.saving import save
 from headway.report.schedule import (
     StudyProgress,
     completion_figure,
@@ -72,7 +72,9 @@ def test_seeds_are_averaged_and_their_spread_is_shown():
 
 
 def test_unfinished_jobs_stand_in_the_title():
-    summary = summarise(RUNS[0]._replace(refused=("x", "y")))
+    finish = RUNS[0].finish.copy()
+    finish[:2] = np.nan
+    summary = summarise(RUNS[0]._replace(finish=finish))
     assert "2 UNFINISHED" in shown(schedule_tables([summary]))
 
 

@@ -23,7 +23,7 @@ from headway.schedule.policies.tiresias import (
     TwoDimensionalLas,
 )
 from headway.schedule.replay import Outcome, play
-from headway.schedule.tiresias_compatible import SCHEDULES, play_compatible
+from headway.schedule.tiresias_compatible import SCHEDULES, play_compatible, play_policy
 
 TRACE = Path(__file__).parents[3] / "shared" / "data" / "scheduling" / "tiresias" / "60_job.csv"
 
@@ -199,7 +199,22 @@ def test_a_job_that_comes_back_is_demoted_late_by_theirs():
     assert theirs.completions == [155, 190]
 
 
+def test_the_compatible_mode_plays_our_policies_by_their_names(sixty):
+    for policy, schedule in (
+        (Fifo(), "fifo"), (FirstFitFifo(), "fjf"), (ShortestRemainingTimeFirst(), "shortest"),
+        (ShortestRemainingServiceFirst(), "shortest-gpu"),
+    ):  # fmt: skip
+        assert play_policy(sixty, 16, policy).jobs == play_compatible(sixty, 16, schedule).jobs
+    queues = DiscretisedLas((80.0, 160.0), promote_knob=0.5)
+    theirs = play_compatible(LATE, 4, "dlas-gpu", limits=[80, 160], promote_knob=0.5)
+    assert play_policy(LATE, 4, queues).jobs == theirs.jobs != play_compatible(LATE, 4, "dlas-gpu").jobs
+
+
 def test_the_compatible_mode_refuses_what_it_cannot_play():
+    with pytest.raises(InputError, match="no 2d-gittins"):
+        play_policy(LATE, 4, DiscretisedGittins(FIGURE_7_SIZES, (4.0,)))
+    with pytest.raises(InputError, match="less than a second"):
+        play_compatible([Job(name="short", submit_seconds=0, devices=1, duration_seconds=0.5)], 4, SCHEDULES[0])
     with pytest.raises(InputError, match="no schedule"):
         play_compatible(LATE, 4, "gittins")
     with pytest.raises(InputError, match="asks for 4 of 2"):

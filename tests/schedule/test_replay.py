@@ -292,6 +292,34 @@ def test_a_failure_loses_what_was_done_since_the_last_checkpoint():
     assert (found.failures, found.overhead_seconds, found.run_seconds) == (1, 10, 100)
 
 
+@pytest.mark.parametrize(
+    "happening",
+    [
+        (NodeDown(node="n0"), Fail(job="a")),
+        (Fail(job="a"), NodeDown(node="n0")),
+        (Fail(job="a"), Fail(job="a")),
+        (Fail(job="a"), Progress(job="a", seconds=9.0)),
+        (Fail(job="a"), Cancel(job="b"), Fail(job="b"), Cancel(job="b")),
+    ],
+)
+def test_of_what_happens_at_one_instant_only_what_its_companions_leave_possible_is_told(happening):
+    jobs = [Job(name=name, submit_seconds=0, devices=2, duration_seconds=10) for name in "ab"]
+    outcome = play(
+        jobs, uniform_fleet(2, 2), Fifo(), FirstFit(), overhead=Overhead(checkpoint_seconds=100),
+        disturbances=[(4.0, event) for event in happening],
+    )  # fmt: skip
+    assert [job.failures for job in outcome.jobs] == [1, 0]
+    assert outcome.jobs[0].overhead_seconds == 4  # all of it is done again
+
+
+def test_a_job_that_reports_more_work_than_it_has_ends_there():
+    job = Job(name="a", submit_seconds=0, devices=2, duration_seconds=10)
+    outcome = play(
+        [job], uniform_fleet(1, 2), Fifo(), FirstFit(), disturbances=[(4.0, Progress(job="a", seconds=20.0))]
+    )  # fmt: skip
+    assert outcome.completions == [4]
+
+
 def test_a_job_moves_when_its_node_is_lost_and_waits_when_it_was_the_last():
     job = Job(name="a", submit_seconds=0, devices=2, duration_seconds=10)
     happening = [(4.0, NodeDown(node="n0")), (6.0, NodeDown(node="n1")), (9.0, NodeUp(node="n0"))]

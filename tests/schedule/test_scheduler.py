@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headway.errors import InputError
+from headway.schedule.entry import Entry, EntryState
 from headway.schedule.events import (
     Cancel,
     Crossing,
@@ -29,7 +30,7 @@ from headway.schedule.events import (
     Submit,
     Tick,
 )
-from headway.schedule.fleet import uniform_fleet
+from headway.schedule.fleet import Fleet, FleetNode, uniform_fleet
 from headway.schedule.job import Job, ModelProfile
 from headway.schedule.pace import Overhead, Pace
 from headway.schedule.placement.rules import Consolidated, FirstFit, make_placement
@@ -40,6 +41,7 @@ from headway.schedule.policies.shortest import ShortestRemainingServiceFirst
 from headway.schedule.policies.tiresias import DiscretisedLas
 from headway.schedule.replay import Player
 from headway.schedule.scheduler import Scheduler, SchedulerState, advance
+from headway.schedule.seating import Seating, Target
 
 
 def submit(name: str, devices: int = 1, seconds: float = 10.0, **fields) -> Submit:
@@ -110,6 +112,36 @@ def test_a_smaller_quota_stops_jobs_under_a_preemptive_policy():
     scheduler = machine(ShortestRemainingServiceFirst())
     scheduler.handle(0, submit("a", queue="q", seconds=5), submit("b", queue="q", seconds=9))
     assert names(scheduler.handle(1, Quota(queue="q", devices=1)), Preempt) == ["b"]
+
+
+def test_those_that_share_devices_count_against_their_quota_too():
+    light = {"light": ModelProfile(name="light", utilisation=0.4)}
+    scheduler = machine(make_policy("gandiva", profiles=light), devices=2, pace=Pace(uniform_fleet(1, 2), light))
+    scheduler.handle(0, Quota(queue="q", devices=1))
+    scheduler.handle(0, *(submit(name, model="light") for name in "xy"))
+    decisions = scheduler.handle(1, *(submit(name, queue="q", model="light") for name in "ab"))
+    assert names(decisions, Start) == ["a"]
+
+
+def test_a_placement_heeds_the_job_that_is_there_not_one_that_had_its_number():
+    nodes = tuple(FleetNode(name=f"n{memory}", devices=1, kind="v", memory_bytes=memory) for memory in (1.0, 2.0))
+    seating = Seating(Fleet(name="two", nodes=nodes))
+
+    def place(memory: float) -> Target:
+        job = Job(name="a", submit_seconds=0.0, devices=1, duration_seconds=1.0, memory_bytes=memory)
+        wish = Wish(Entry(EntryState(number=0, job=job, submitted=0.0)), 1, ("v",))
+        return seating.arrange([wish], FirstFit(), preemptive=True, head_blocks=False, quotas={})[0]
+
+    assert [place(memory).counts for memory in (1.0, 2.0)] == [((0, 1),), ((1, 1),)]
+
+
+@pytest.mark.parametrize(("name", "kept"), [("headway", "efforts"), ("gandiva", "")])
+def test_a_policy_forgets_jobs_that_were_cancelled_waiting_or_running(name, kept):
+    scheduler = machine(make_policy(name), devices=1)
+    scheduler.handle(0, submit("a"), submit("b"))
+    scheduler.handle(1, Cancel(job="a"), Cancel(job="b"))
+    learned = scheduler.policy.snapshot()
+    assert not (learned[kept] if kept else learned)
 
 
 def test_cancelled_jobs_give_their_devices_back_and_are_reported_as_ended():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -62,7 +63,13 @@ def test_jobs_that_did_not_finish_are_counted_and_no_part_of_the_mean():
     summary = summarise(replay._replace(finish=finish))
     assert summary.unfinished == 1
     assert summary.completion_mean == pytest.approx((10 + 19) / 2)
-    assert summarise(replay._replace(refused=("x",))).unfinished == 1
+
+
+def test_a_refused_job_is_counted_once_as_unfinished():
+    huge = Job(name="huge", submit_seconds=0.0, devices=5, duration_seconds=1.0)
+    replay = played(msgspec.structs.replace(HEAD, jobs=(*HEAD.jobs, huge)))
+    assert replay.refused == ("huge",)
+    assert summarise(replay).unfinished == 1
 
 
 def test_the_interval_of_five_runs_is_students():

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from headway.hardware.cluster import Accelerator, Cluster, Device, Link, Switch
 from headway.workload.graph import Affine, Graph, Layer, Operator, Parameter, TensorBlock, TensorKind, Workload
+
+# pytest's importlib mode gives test modules no package to import their neighbours from.
+sys.path.insert(0, str(Path(__file__).parent))
 
 WIDTH = 768
 SEQUENCE = 128

@@ -2,50 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from itertools import combinations, pairwise, product
+from itertools import product
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stage_problems import all_stages, problems
 
 from headway.errors import InputError
 from headway.search.dynamic import dapple, minimise_slowest, pipedream, solve
 from headway.search.problem import Assignment, Option, StageProblem, brute_force
-
-
-@st.composite
-def problems(draw, most_layers: int = 4, most_options: int = 4):
-    """Tables without any structure: no monotony, holes, memory that binds, several pools, few or many micro-batches."""
-    layers = draw(st.integers(1, most_layers))
-    pools = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=2)))
-    options = draw(
-        st.lists(
-            st.builds(Option, pool=st.integers(0, len(pools) - 1), devices=st.integers(1, 3)),
-            min_size=1,
-            max_size=most_options,
-        )
-    )
-    shape = (len(options), layers + 1, layers + 1)
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    uneven = draw(st.booleans())
-    seconds = rng.choice([0.1, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.1, np.inf], shape) if uneven else rng.random(shape)
-    seconds[:, *np.tril_indices(layers + 1)] = np.inf
-    roomy = draw(st.booleans())
-    return StageProblem(
-        layers=layers,
-        options=tuple(options),
-        pools=pools,
-        micro_batches=draw(st.sampled_from([1, 2, 3, 8, 100])),
-        seconds=seconds,
-        fixed_bytes=rng.integers(0, 5, shape).astype(float),
-        kept_bytes=rng.integers(0, 3, shape).astype(float),
-        capacity_bytes=np.full(len(options), math.inf) if roomy else rng.integers(2, 9, len(options)).astype(float),
-        send_seconds=rng.choice([0.0, 0.2, 1.0], layers + 1),
-        exactly=draw(st.booleans()),
-        most_stages=draw(st.integers(0, 4)),
-    )
+from headway.search.synthetic import synthetic_problem
 
 
 @given(problems())
@@ -56,6 +26,96 @@ def test_it_finds_what_trying_everything_finds(problem):
     assert found.proven
     assert bool(found.stages) == math.isfinite(wanted.seconds)
     assert found.seconds == problem.evaluate(found.stages)
+
+
+def better(problem: StageProblem, bar: float) -> list[tuple[float, float]]:
+    """(sum, slowest) of all solutions below a bar that no other beats in both: without limits, bounds or prices.
+
+    From the last layer on, what can be left for it of each (stages so far, devices taken), as long as the fastest that
+    the layers before could be leaves it below the bar.
+    """
+    behind, layers = problem.micro_batches - 1, problem.layers
+    fastest = [0.0] + [math.inf] * layers  # of the layers before each, whatever is in flight
+    for stop in range(1, layers + 1):
+        fastest[stop] = min(
+            fastest[start]
+            + float(problem.seconds[:, start, stop].min())
+            + float(problem.send_seconds[start] * (start > 0))
+            for start in range(stop)
+        )
+    known: list[dict[tuple[int, ...], list[tuple[float, float]]]] = [{} for _ in range(layers + 1)]
+    known[layers] = {(0, *(0 for _ in problem.pools)): [(0.0, 0.0)]}
+    for start in reversed(range(layers)):
+        send = float(problem.send_seconds[start]) if start else 0.0
+        for stop, (at, option) in product(range(start + 1, layers + 1), enumerate(problem.options)):
+            seconds = float(problem.seconds[at, start, stop])
+            for (count, *taken), values in known[stop].items():
+                taken[option.pool] += option.devices
+                if taken[option.pool] > problem.pools[option.pool]:
+                    continue
+                if count == (problem.most_stages or layers) or not problem.stage_fits(
+                    Assignment(start, stop, at), count
+                ):
+                    continue
+                front = known[start].setdefault((count + 1, *taken), [])
+                for total, slowest in values:
+                    new = total + seconds + send, max(slowest, seconds)
+                    if fastest[start] + new[0] + behind * new[1] >= bar or any(
+                        one[0] <= new[0] and one[1] <= new[1] for one in front
+                    ):
+                        continue
+                    front[:] = [one for one in front if one[0] < new[0] or one[1] < new[1]] + [new]
+    return [
+        value
+        for (_, *taken), values in known[0].items()
+        if not problem.exactly or tuple(taken) == problem.pools
+        for value in values
+    ]
+
+
+larger = st.builds(
+    synthetic_problem,
+    st.integers(0, 10**6),
+    layers=st.integers(8, 14),
+    pools=st.sampled_from([(12,), (6, 3), (5, 4), (3, 2, 2)]),
+    micro_batches=st.sampled_from([2, 8, 16, 200]),
+    memory=st.floats(0.75, 1.4),
+    rugged=st.sampled_from([0.05, 0.3, 0.8]),
+    exactly=st.booleans(),
+)
+
+
+@given(larger, st.sampled_from([0, 0, 4, 7]))
+@settings(deadline=None, max_examples=60)
+def test_nothing_beats_it_where_trying_everything_takes_too_long(problem, most_stages):
+    problem = dataclasses.replace(problem, most_stages=most_stages)
+    found = solve(problem)
+    assert found.proven
+    assert found.seconds == problem.evaluate(found.stages)
+    # Without a solution a bar is needed that any would be below: all layers on the slowest options, one after another.
+    bar = found.seconds * (1 - 1e-9) if found.stages else problem.seconds[np.isfinite(problem.seconds)].sum()
+    assert better(problem, bar) == []
+    if found.stages:
+        assert better(problem, found.seconds * (1 + 1e-9))
+
+
+@pytest.mark.parametrize(
+    ("seed", "size", "seconds"),
+    [
+        (
+            755585,
+            {"layers": 13, "pools": (16, 4), "micro_batches": 16, "memory": 0.7451812497021457},
+            21.604480205685327,
+        ),
+        (182191, {"layers": 30, "pools": (16, 4), "micro_batches": 8, "memory": 1.118223129533955}, 24.147277249127004),
+        (1, {"layers": 128, "pools": (25, 25), "micro_batches": 64, "memory": 1.5}, 343.42309049792175),
+    ],
+)
+def test_it_finds_what_tables_of_all_devices_found_for_every_limit(seed, size, seconds):
+    # By a programme that fills the tables of all runs for each limit, where an earlier bound was wrong by a little.
+    problem = synthetic_problem(seed, **size)
+    problem = dataclasses.replace(problem, most_stages=7 if seed == 755585 else 0)
+    assert solve(problem).seconds == pytest.approx(seconds, rel=1e-9)
 
 
 @given(problems(), st.sampled_from([0.05, 0.5]))
@@ -76,14 +136,6 @@ def test_a_known_solution_is_only_beaten_or_left(problem, factor):
     bar = wanted.seconds * factor if math.isfinite(wanted.seconds) else 10.0
     found = solve(problem, better_than=bar)
     assert found.seconds == (pytest.approx(wanted.seconds) if wanted.seconds < bar else math.inf)
-
-
-def all_stages(problem: StageProblem):
-    for count in range(1, problem.layers + 1):
-        for inner in combinations(range(1, problem.layers), count - 1):
-            spans = tuple(pairwise((0, *inner, problem.layers)))
-            for picks in product(range(len(problem.options)), repeat=count):
-                yield tuple(Assignment(*span, option) for span, option in zip(spans, picks, strict=True))
 
 
 @given(problems())

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from headway.errors import DoesNotFitError, FieldError, InputError, PlanError
 from headway.plan.plan import Plan, Stage
 from headway.predict.step import Predictor, check_fit
+from headway.predict.tiers import TierRates
 from headway.search.bounds import Bounds
 from headway.search.exhaustive import exhaustive_search
 from headway.search.find import Constraints, Ranking, find
@@ -435,11 +436,22 @@ def test_what_fits_only_elsewhere_gets_the_cheapest_tiers(toy):
     assert best.prediction.time.step_seconds <= least * (1 + 1e-9)
 
 
-def test_a_host_that_is_too_small_is_named(toy):
+def test_a_host_that_is_too_small_is_named(toy, monkeypatch):
+    """With less and less memory beside the devices, at last it is that which the nearest plan lacks."""
     cluster = toy.cluster([[toy.accelerator("gpu", memory=1.7e8)] * 2])
-    workload = Workload(graph=toy.graph(vocabulary=40_000_000), global_batch=8)
-    with pytest.raises(DoesNotFitError):
-        find(workload, cluster, devices=2, constraints=Constraints(data=2, runnable=False, offload="any"))
+    workload = Workload(graph=toy.graph(), global_batch=8)
+    constraints = Constraints(data=2, runnable=False, recompute="none", offload="any")
+    defaults = TierRates.__init__.__kwdefaults__ or {}
+    monkeypatch.setitem(defaults, "disk_bytes", 1e3)
+    monkeypatch.setitem(defaults, "host_bytes", 2e8)
+
+    def shrink_until_nothing_fits() -> None:
+        while defaults["host_bytes"] > 1e6:
+            find(workload, cluster, devices=2, constraints=constraints)
+            defaults["host_bytes"] -= 4e6
+
+    with pytest.raises(DoesNotFitError, match=r"the nearest fits on the devices and needs .* on host"):
+        shrink_until_nothing_fits()
 
 
 def test_a_delayed_update_needs_an_optimizer_elsewhere_and_is_only_made_where_it_is_allowed(toy):

@@ -9,9 +9,10 @@ import pytest
 from headway.errors import FieldError
 from headway.predict.step import Predictor, check_fit
 from headway.search.find import find
-from headway.search.plan_walk import mcmc_plans
+from headway.search.plan_walk import _Plans, mcmc_plans
 from headway.search.ranking import Constraints
-from headway.workload.graph import Workload
+from headway.train.support import check_supported
+from headway.workload.graph import Recipe, Workload
 from headway.workload.transformer import TransformerShape, transformer
 
 
@@ -98,3 +99,43 @@ def test_what_is_fixed_of_the_new_axes_holds(toy, fixed):
     found = mcmc_plans(Predictor(workload, cluster), constraints=constraints, seed=0, evaluations=80)
     assert found.plan is not None
     assert {name: getattr(found.plan, name) for name in fixed} == fixed
+
+
+def test_where_plans_are_to_be_run_none_is_judged_that_the_runtime_refuses(toy, monkeypatch):
+    judged, judge = [], _Plans.judge
+    monkeypatch.setattr(_Plans, "judge", lambda plans, plan: judged.append(plan) or judge(plans, plan))
+    workload = Workload(graph=toy.graph(), global_batch=16)
+    cluster = toy.cluster([[toy.accelerator("gpu", memory=1e8)] * 4])
+    mcmc_plans(Predictor(workload, cluster), constraints=Constraints(offload="any"), seed=1, evaluations=300)
+    for plan in judged:
+        check_supported(plan)
+    assert any(plan.parameters_on != "device" and plan.data > 1 for plan in judged)
+    assert any(plan.tensor > 1 for plan in judged)
+
+
+@pytest.mark.parametrize("kinds", [[["fast"] * 4] * 2, [["fast"] * 4, ["slow"] * 4]], ids=["one kind", "two kinds"])
+@pytest.mark.parametrize("framework", ["headway", "megatron"])
+def test_what_was_predicted_before_changes_no_prediction(toy, kinds, framework):
+    """Plans share parts of their predictions: a part that depends on more than it is known by would show here."""
+    shape = TransformerShape(
+        layers=6, hidden=64, heads=4, vocabulary=512, sequence=4096, experts=4, experts_chosen=2, attention="flash",
+        tied=framework == "headway",
+    )  # fmt: skip
+    recipe = Recipe(framework=framework)  # type: ignore[arg-type]
+    workload = Workload(graph=transformer(shape), global_batch=16, recipe=recipe)
+    rates = {"fast": 1e13, "slow": 4e12}
+    cluster = toy.cluster([[toy.accelerator(kind, rate=rates[kind]) for kind in node] for node in kinds])
+    shared, judged = Predictor(workload, cluster), []
+    predict = shared.predict
+    shared.predict = lambda plan: judged.append(plan) or predict(plan)  # type: ignore[method-assign]
+    mcmc_plans(shared, constraints=Constraints(runnable=False, offload="any"), seed=4, evaluations=150)
+    # Each asked once more of a predictor that knows nothing else, but for the routes.
+    for plan in judged[::3]:
+        alone = Predictor(workload, cluster, communication=shared.communication)
+        one, other = predict(plan), alone.predict(plan)
+        assert one.time.step_seconds == pytest.approx(other.time.step_seconds, rel=1e-12)
+        assert one.samples_per_second == pytest.approx(other.samples_per_second, rel=1e-12)
+        for memory, wanted in zip(dict.fromkeys(one.memory), dict.fromkeys(other.memory), strict=True):
+            assert memory.total_bytes == pytest.approx(wanted.total_bytes, rel=1e-12)
+            assert memory.tiers == pytest.approx(wanted.tiers, rel=1e-12)
+        assert shared.residency.peaks_of(plan, one.memory) == shared.residency.peaks(plan)

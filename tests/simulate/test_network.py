@@ -19,6 +19,7 @@ from headway.hardware.cluster import Accelerator, Cluster, Device, Link
 from headway.simulate import sharing
 from headway.simulate.engine import Engine
 from headway.simulate.network import Conditions, LinkChange, Network
+from headway.simulate.shares import add_path, new_shares
 
 KIND = Accelerator(name="a", flop_per_second={"float32": 1e12}, memory_bytes=1e9, memory_bytes_per_second=1e11)
 
@@ -127,11 +128,11 @@ class Played:
     def __init__(self, capacities, paths, congestion=(1.0, 0.0, 0.0)):
         self.capacities, self.paths = list(capacities), paths
         slots = sum(map(len, paths))
-        self.shares = sharing.new_shares(
+        self.shares = new_shares(
             np.array(capacities, dtype=float), paths=len(paths), slots=slots, flows=64, congestion=congestion
         )
         for path in paths:
-            sharing.add_path(self.shares, path)
+            add_path(self.shares, path)
         self.live = {}
         self.free = list(range(64))
         self.now = 0.0
@@ -225,9 +226,9 @@ def test_a_crowd_on_a_real_machine_is_shared_fairly_through_hundreds_of_changes(
     lies_on = np.zeros((len(capacities), len(paths)))
     for number, path in enumerate(paths):
         lies_on[path, number] = 1.0
-    shares = sharing.new_shares(capacities, paths=len(paths), slots=sum(map(len, paths)), flows=300)
+    shares = new_shares(capacities, paths=len(paths), slots=sum(map(len, paths)), flows=300)
     for path in paths:
-        sharing.add_path(shares, path)
+        add_path(shares, path)
     free, live, now = list(range(300)), {}, 0.0
     for step in range(900):
         for _ in range(min(source.randint(1, 4), len(free))):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -21,9 +23,10 @@ from hypothesis import strategies as st
 from headway.errors import PlanError
 from headway.memory.tiers import Store
 from headway.plan.plan import Plan, single_device_plan
-from headway.train import offload_setup
+from headway.train import offload_lanes, offload_setup
 from headway.train.checkpoint import latest, load, load_full, save
 from headway.train.offload import OffloadedOptimizer, Share
+from headway.train.offload_lanes import Lane, Returning
 from headway.train.parallel import Parallel, parallelise
 from headway.workload.graph import Graph
 from headway.workload.trace import trace
@@ -134,6 +137,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "data x tensor, ZeRO-3": {"data": 2, "tensor": 2, "zero_stage": 3, "micro_batch": 4},
     "data x pipeline, ZeRO-1": {"data": 2, "pipeline": 2, "schedule": "1f1b", "zero_stage": 1},
     "tensor x interleaved": {"tensor": 2, "pipeline": 2, "schedule": "interleaved"},
+    "ZeRO-0, Headway's exchange": {"data": 2, "exchange": "headway", "bucket_bytes": 600},
 }
 
 
@@ -145,6 +149,64 @@ def test_every_way_to_divide_learns_bit_for_bit_the_same(pools: Pools, fields: d
         outcomes = pools.run(case({**fields, **tier}, clip_norm=clip_norm, steps=2))
         for outcome, reference in zip(outcomes, references, strict=True):
             assert_same(outcome, reference)
+
+
+@pytest.mark.processes
+def test_four_replicas_learn_what_an_all_reduce_teaches_but_for_the_order_of_its_sums(pools: Pools) -> None:
+    # Two summands commute, more do not associate: a ring adds up each element beginning at another replica.
+    fields = {"data": 4, "bucket_bytes": 600}
+    references = pools.run(case(fields, clip_norm=0.5, optimizer="sgd"))
+    outcomes = pools.run(case({**fields, **TIERS[1]}, clip_norm=0.5, optimizer="sgd"))
+    for outcome, reference in zip(outcomes, references, strict=True):
+        torch.testing.assert_close(outcome.losses, reference.losses, rtol=1e-6, atol=0)
+        for name, parameter in reference.parameters.items():
+            torch.testing.assert_close(outcome.parameters[name], parameter, rtol=1e-5, atol=1e-6, msg=name)
+            assert torch.equal(outcome.parameters[name], outcomes[0].parameters[name]), name
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("micro_batch", [4, 2])
+def test_replicas_in_bfloat16_learn_the_same_whether_ddp_or_fully_shard_reduces_gradients(
+    pools: Pools, micro_batch: int
+) -> None:
+    fields = {"data": 2, "micro_batch": micro_batch, "precision": "bfloat16", "optimizer_on": "host"}
+    (first, *_), outcomes = (pools.run(case({**fields, "zero_stage": stage}, clip_norm=None)) for stage in (2, 0))
+    if micro_batch == 4:
+        assert_same(outcomes[0], first)
+    for outcome in outcomes:
+        assert_same(outcome, outcomes[0])
+        # Several micro-batches are added up in bfloat16 by autograd, and in float32 by the host under ZeRO-2.
+        torch.testing.assert_close(outcome.losses, first.losses, rtol=1e-3, atol=0)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_replicas_of_a_model_that_was_not_traced_learn_bit_for_bit_the_same(
+    pools: Pools, clip_norm: float | None
+) -> None:
+    # DDP wraps it after the first backward pass, which reduces by hand.
+    references, outcomes = (
+        pools.run(Case("gpt", make_plan("gpt", data=2, **tier), dtype=torch.float32, clip_norm=clip_norm))
+        for tier in ({}, TIERS[1])
+    )
+    for outcome, reference in zip(outcomes, references, strict=True):
+        assert_same(outcome, reference)
+
+
+def test_parameters_that_do_not_lie_row_after_row_are_updated_too() -> None:
+    def losses(tier: str) -> list[float]:
+        plan = make_plan("mlp", micro_batch=8, optimizer_on=tier)
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(36, 2))
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        parallel = parallelise(model, optimizer, plan, None, loss=torch.nn.functional.mse_loss)
+        images = torch.randn(8, 3, 5, 5).to(memory_format=torch.channels_last)
+        found = [parallel.step([(images, torch.zeros(8, 2))]) for _ in range(3)]
+        parallel.close()
+        return [loss.item() for loss in found if loss is not None]
+
+    torch.testing.assert_close(losses("host"), losses("device"), rtol=1e-5, atol=0)
 
 
 # The one-step-delayed update (ZeRO-Offload, section 5.2)
@@ -372,6 +434,102 @@ def test_a_checkpoint_puts_a_delayed_update_in_force_so_that_a_resumed_run_is_th
         assert torch.equal(ours, theirs)
     for each in (going_on, resumed):
         each.close()
+
+
+# What goes wrong
+
+
+class Impatient(queue.SimpleQueue):
+    """Free buffers of a lane that raises queue.Empty where it would wait for ever."""
+
+    def get(self, block: bool = True, timeout: float | None = None) -> int:
+        return super().get(timeout=5)
+
+
+@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("failing", ["the states", "the rule", "an arrival", "a return"])
+def test_an_update_that_fails_gives_its_buffers_back_and_step_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, clips: bool
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError("the disk is gone")
+
+    lanes: list[Lane] = []
+    parameters = [torch.nn.Parameter(torch.ones(8)) for _ in range(10)]  # more than a lane has buffers
+    shares = [Share(f"p{at}", each, 0, each.numel()) for at, each in enumerate(parameters)]
+    optimizer, plan = make("adamw", parameters), single_device_plan("m", 1, 1, optimizer_on="host")
+    with Store(directory=tmp_path, buffer_bytes=2**20) as store:
+        offload = OffloadedOptimizer(optimizer, shares, plan, store, device="cpu", staged=True, clips=clips)
+        offload.watch()
+        for lane in (offload._out, offload._back):
+            assert lane is not None
+            slots, lane._free = lane._free, Impatient()
+            while not slots.empty():
+                lane._free.put(slots.get())
+            lanes.append(lane)
+        if failing == "the states":
+            monkeypatch.setattr(offload._states, "open", fail)
+        elif failing == "the rule":
+            monkeypatch.setattr(offload._rules[0], "step", fail)
+        elif failing == "an arrival":
+            monkeypatch.setattr(offload_lanes.Transfer, "wait", fail)
+        else:
+            monkeypatch.setattr(lanes[1], "_copy", fail)
+        offload.begin(1, hooked=True)
+        torch.stack([each.sum() for each in parameters]).sum().backward()
+        with pytest.raises(OSError, match="the disk is gone"):
+            offload.step()
+        offload.close()  # once what was begun after that has failed as well
+    assert [lane._free.qsize() for lane in lanes] == [lane.count for lane in lanes]
+
+
+class Slow:
+    """A write that ends when it is told to."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.events, self.awaited, self.ends = events, threading.Event(), threading.Event()
+
+    @property
+    def done(self) -> bool:
+        return self.ends.is_set()
+
+    def wait(self, timeout_seconds: float | None = None) -> torch.Tensor:
+        self.awaited.set()
+        assert self.ends.wait(10)
+        self.events.append("written")
+        return torch.empty(0)
+
+
+def test_what_another_thread_waits_for_is_waited_for_too() -> None:
+    events: list[str] = []
+    returning, slow = Returning(), Slow(events)
+    returning.add(None, slow)
+    other = threading.Thread(target=returning.wait)
+    other.start()
+    assert slow.awaited.wait(10)
+    threading.Timer(0.2, slow.ends.set).start()
+    returning.wait()  # as before parameters are gathered: the update's thread has taken the last, and waits
+    events.append("gathered")
+    other.join(10)
+    assert events == ["written", "gathered"]
+    returning.wait()
+
+
+def test_the_store_is_closed_even_if_the_optimizer_cannot_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+    parallel = one_rank({"optimizer_on": "host"})
+    assert parallel.offload is not None
+    assert parallel.store is not None
+    closed: list[bool] = []
+    close = parallel.store.close
+
+    def fail() -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(parallel.offload, "settle", fail)
+    monkeypatch.setattr(parallel.store, "close", lambda: (close(), closed.append(True)))
+    with pytest.raises(OSError, match="the disk is gone"):
+        parallel.close()
+    assert closed
 
 
 KILLED = """

@@ -61,6 +61,11 @@ RESIDUAL = textwrap.dedent("""
 """)
 
 
+def test_a_plan_of_one_stage_does_not_pay_for_pipelines_when_it_starts() -> None:
+    program = "import sys, headway.train.session; sys.exit('torch.distributed.pipelining' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 @pytest.fixture(scope="module")
 def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("script") / "train.py"

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from headway.workload import zoo
-from headway.workload.blocks import Sharding, find_blocks, through_view
+from headway.workload.blocks import find_blocks
 from headway.workload.graph import Graph, Operator
+from headway.workload.sharding import Sharding, through_view
 from headway.workload.trace import trace
 
 SEQUENCE = 16

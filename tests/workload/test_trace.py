@@ -21,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from headway.errors import TraceError
+from headway.workload.flop import FLOP_FORMULAS
 from headway.workload.graph import Graph
-from headway.workload.recorder import FLOP_FORMULAS, tensor_leaves
+from headway.workload.recording import tensor_leaves
 from headway.workload.trace import construct_on_meta, meta_construction, trace, without_cache
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None

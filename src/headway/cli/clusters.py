@@ -51,6 +51,7 @@ class SimulationEngine(enum.StrEnum):
     auto = "auto"
     fast = "fast"
     pure = "pure"
+    tiresias = "tiresias"
     ray = "ray"
 
 
@@ -128,7 +129,8 @@ def simulate_cluster(
         typer.Option("--placement-cost", help="Of known models on several nodes: predicted, a published factor, none."),
     ] = PlacementCostOption.parameter_server,
     engine: Annotated[
-        SimulationEngine, typer.Option("--engine", help="Compiled where it can, always, never; or many on Ray.")
+        SimulationEngine,
+        typer.Option("--engine", help="Compiled where it can, always, never; as Tiresias's simulator; many on Ray."),
     ] = SimulationEngine.auto,
     workers: Annotated[int, typer.Option("--workers", min=0, help="Processes; 0: one for each core.")] = 0,
     report: Annotated[Path | None, typer.Option("--report", help="Write a page with pictures here.")] = None,
@@ -193,8 +195,8 @@ def simulate_cluster(
         terminal.stage(f"2d-gittins knows the services {said}")
     pattern = Case(
         policy="", thresholds=_numbers(thresholds), promote_knob=promote_knob,
-        quantum_seconds=parse_seconds(quantum) if quantum else 0.0,
-        patience_seconds=-1.0 if patience == "never" else parse_seconds(patience) if patience else 0.0,
+        quantum_seconds=0.0 if quantum is None else _seconds(quantum, "--quantum"),
+        patience_seconds=_patience(patience),
         overhead=Overhead(
             fixed_seconds=parse_seconds(overhead),
             storage_bytes_per_second=parse_bandwidth(storage) if storage else 0.0,
@@ -207,7 +209,10 @@ def simulate_cluster(
     measured = throughputs or beside
     if "gandiva" in policies and measured:
         pairs = read_pairs(measured)
-    cases = cases_of(policies, _words(placement), numbers, pattern)
+    placements = _words(placement)
+    if engine is SimulationEngine.tiresias:
+        placements = placements[:1]  # it counts devices, whatever the placement: all would be one run
+    cases = cases_of(policies, placements, numbers, pattern)
     demand = describe_load(base.load(fleet.devices), base.span_seconds)
     terminal.stage(f"{len(base.jobs):,} jobs of {base.name} on {fleet.devices:,} devices of {fleet.name}: {demand}")
 
@@ -247,6 +252,23 @@ def simulate_cluster(
         raise InputError(
             f"{base.left_out:,} rows are left out of all figures", place=str(trace), remedy="mend the rows named above"
         )
+
+
+def _patience(text: str | None) -> float:
+    """As `Case.patience_seconds` has it."""
+    if text is None:
+        return 0.0
+    return -1.0 if text == "never" else _seconds(text, "--patience")
+
+
+def _seconds(text: str, option: str) -> float:
+    from headway.errors import InputError
+    from headway.units import parse_seconds
+
+    seconds = parse_seconds(text)
+    if not seconds > 0:
+        raise InputError(f"{text!r} is not above 0", place=option, remedy="like 5min; left out, the policy's own")
+    return seconds
 
 
 def _numbers(text: str) -> tuple[float, ...]:

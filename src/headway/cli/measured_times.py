@@ -11,6 +11,8 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import typer
 
+from headway.errors import FieldError
+
 __all__ = ["Times", "Timing", "formulas_only", "with_measured_times"]
 
 Times = Callable[[Any], Any]
@@ -57,6 +59,18 @@ class _Options(NamedTuple):
     scale_profile: ScaleProfile = False
     profile_cluster: ProfileCluster = None
 
+    def check(self) -> None:
+        """Raises FieldError for an option that says something about times, where no times are asked for."""
+        if self.profile is not None or self.timing not in (None, Timing.catalog):
+            return
+        for name in ("profile_device", "profile_source", "scale_profile", "profile_cluster"):
+            if getattr(self, name):
+                raise FieldError(
+                    "no measured times are asked for",
+                    place=f"--{name.replace('_', '-')}",
+                    remedy="add --profile FILE, or --timing learned for the user's own database",
+                )
+
     def measured(self, cluster: Any) -> Any:
         """The measured times for the devices of `cluster`, or None."""
         from headway.hardware.catalog import load_cluster
@@ -92,6 +106,7 @@ def with_measured_times(verb: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(verb)
     def wrapped(**given: Any) -> Any:
         options = _Options(**{name: given.pop(name) for name in _Options._fields})
+        options.check()
         return verb(**given, times=options.measured)
 
     # typer reads both to learn the options.

@@ -27,10 +27,10 @@ from collections.abc import Hashable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numba
 import numpy as np
 
 from headway.collective.packets import Kind, Operation, Packet, Status, decode
+from headway.compiled import compiled
 from headway.errors import FieldError
 
 __all__ = ["Aggregator", "Contributions", "Counters", "Job", "Outgoing", "reduce_contributions"]
@@ -166,7 +166,7 @@ def reduce_contributions(operation: Operation, parts: Sequence[bytes | memoryvie
     return _narrow(wide)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _add_two(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, bool]:
     narrow = np.empty(len(one), np.int32)
     changed = np.int64(0)
@@ -178,7 +178,7 @@ def _add_two(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, bool]:
     return narrow, changed != 0
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _narrow(wide: np.ndarray) -> tuple[np.ndarray, bool]:
     narrow = np.empty(len(wide), np.int32)
     overflow = False
@@ -190,7 +190,7 @@ def _narrow(wide: np.ndarray) -> tuple[np.ndarray, bool]:
     return narrow, overflow
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _add(total: np.ndarray, part: np.ndarray) -> None:
     for index in range(len(total)):
         total[index] += part[index]

@@ -36,8 +36,9 @@ import struct
 import zlib
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
+
+from headway.compiled import compiled
 
 __all__ = [
     "COUNT_AT",
@@ -135,7 +136,7 @@ _KINDS = {int(kind): kind for kind in Kind}
 _OPERATIONS = {int(operation): operation for operation in Operation}
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _mix_words(words: np.ndarray) -> np.uint64:
     total = np.uint64(0)
     place = np.uint64(0x9E3779B97F4A7C15)
@@ -218,7 +219,7 @@ def _crc_table() -> np.ndarray:
 _CRC = _crc_table()
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def read_field(data: np.ndarray, place: tuple[int, int]) -> Any:
     """A field of the header. One of 64 bits is negative if the first of them is set."""
     value = np.int64(0)
@@ -227,14 +228,14 @@ def read_field(data: np.ndarray, place: tuple[int, int]) -> Any:
     return value
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def write_field(data: np.ndarray, place: tuple[int, int], value: Any) -> None:
     """Set a field of the header; the checksum is right only after `seal`."""
     for index in range(place[1]):
         data[place[0] + index] = np.uint8((value >> np.int64(8 * (place[1] - 1 - index))) & 0xFF)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def checksum(payload: np.ndarray) -> np.uint64:
     """`payload_checksum` of an array of bytes."""
     whole = len(payload) // 8 * 8
@@ -245,7 +246,7 @@ def checksum(payload: np.ndarray) -> np.uint64:
     return total + rest * np.uint64(0xC2B2AE3D27D4EB4F)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _sealed(header: np.ndarray, of_payload: np.uint64) -> np.uint64:
     crc = np.uint32(0xFFFFFFFF)
     for index in range(_CHECKSUM_AT[0]):
@@ -253,14 +254,14 @@ def _sealed(header: np.ndarray, of_payload: np.uint64) -> np.uint64:
     return np.uint64(crc ^ np.uint32(0xFFFFFFFF)) * np.uint64(0x9E3779B97F4A7C15) + of_payload
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def seal(header: np.ndarray, of_payload: np.uint64) -> None:
     """Write magic, version and checksum of a header whose other fields are set; `of_payload`: see `checksum`."""
     write_field(header, MAGIC_AT, _BEGINNING)
     write_field(header, _CHECKSUM_AT, np.int64(_sealed(header, of_payload)))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def is_intact(datagram: np.ndarray) -> bool:
     """Whether `decode` would find a packet in the bytes; but the kind and operation are looked at by the caller."""
     if len(datagram) < HEADER_BYTES or read_field(datagram, MAGIC_AT) != _BEGINNING:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 
-import numba
 import numpy as np
+
+from headway.compiled import compiled
 
 __all__ = ["NOT_FINITE", "block_exponents", "quantise", "restore"]
 
@@ -21,7 +22,7 @@ NOT_FINITE = 255
 _BIAS = 126
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _largest(bits: np.ndarray) -> np.uint32:
     # Without its sign, a float32 is larger than another when its bits are; infinity and NaN are above all numbers.
     largest = np.uint32(0)
@@ -30,7 +31,7 @@ def _largest(bits: np.ndarray) -> np.uint32:
     return largest
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _block_exponents(bits: np.ndarray, width: int, exponents: np.ndarray) -> None:
     for block in range(len(exponents)):
         largest = _largest(bits[block * width : (block + 1) * width])
@@ -45,7 +46,7 @@ def block_exponents(values: np.ndarray, width: int) -> np.ndarray:
     return exponents
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def quantise(values: np.ndarray, own: int, agreed: int, bits: int, integers: np.ndarray) -> None:
     """Write a block's float32 as int32 of magnitude 2**bits at most, for the exponent that was agreed.
 
@@ -66,7 +67,7 @@ def quantise(values: np.ndarray, own: int, agreed: int, bits: int, integers: np.
         integers[index] = np.int32(np.rint(min(max(value, -most), most))) if value == value else np.int32(0)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def restore(integers: np.ndarray, agreed: int, bits: int, factor: float, values: np.ndarray) -> None:
     """Write the float32 nearest to integer · factor · 2**(e - bits); NaN if the exponent is NOT_FINITE."""
     if agreed == NOT_FINITE:

@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterator, MutableMapping
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
 from headway.collective.aggregator import Aggregator, Contributions, Job, Outgoing
@@ -38,6 +37,7 @@ from headway.collective.packets import (
     seal,
     write_field,
 )
+from headway.compiled import compiled
 from headway.exchange.datagrams import NOT_READY, receive, send, wait, workspace
 
 __all__ = ["ADDRESS_BYTES", "CompiledAggregator"]
@@ -76,12 +76,12 @@ class _Tables(NamedTuple):
     counters: np.ndarray
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _payload(tables: _Tables, buffer: int, length: int) -> np.ndarray:
     return tables.pool[buffer][HEADER_BYTES : HEADER_BYTES + length]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _release(tables: _Tables, row: int, index: int) -> None:
     """Give back the buffers of a set."""
     state, bitmap = tables.sets[row, index], tables.sets[row, index, _BITMAP]
@@ -96,7 +96,7 @@ def _release(tables: _Tables, row: int, index: int) -> None:
     state[_OWNER] = _NOBODY
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _members(bitmap: int) -> int:
     count = 0
     while bitmap:
@@ -105,12 +105,12 @@ def _members(bitmap: int) -> int:
     return count
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _clip(value: Any) -> Any:
     return min(max(value, np.int64(-(1 << 31))), np.int64((1 << 31) - 1))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _reduce(tables: _Tables, row: int, index: int) -> bool:
     """Put the contributions together in the buffer of the first worker's; whether a sum has left its range."""
     state = tables.sets[row, index]
@@ -162,7 +162,7 @@ def _reduce(tables: _Tables, row: int, index: int) -> bool:
     return changed != 0
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _handle(tables: _Tables, source: np.ndarray) -> int:
     """What becomes of the datagram in the buffer: it is kept, or answered with the result of a set, or left."""
     state, jobs = tables.state, tables.jobs
@@ -245,7 +245,7 @@ def _handle(tables: _Tables, source: np.ndarray) -> int:
     return _TO_ALL
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _answer(tables: _Tables, action: int, descriptor: int, address_bytes: int, work: np.ndarray, header: np.ndarray):
     """Send a set's result to all who take part, or to the one who has contributed again."""
     row, index, one = tables.state[_ROW], tables.state[_INDEX], tables.state[_WORKER]
@@ -273,7 +273,7 @@ def _answer(tables: _Tables, action: int, descriptor: int, address_bytes: int, w
                 tables.counters[_UNSENT] += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _serve(
     tables: _Tables,
     descriptor: int,

@@ -14,7 +14,6 @@ import os
 import time
 from typing import Any
 
-import numba
 import numpy as np
 
 from headway.collective.aggregation_worker import Worker
@@ -37,6 +36,7 @@ from headway.collective.packets import (
     seal,
     write_field,
 )
+from headway.compiled import compiled
 from headway.exchange.block_exponents import quantise, restore
 from headway.exchange.datagrams import NOT_READY, REFUSED, monotonic_seconds, receive, send, wait, workspace
 
@@ -65,12 +65,12 @@ class Stop(enum.IntEnum):
     REFUSED = 3  # nobody listens there
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _part(vector: np.ndarray, fixed: np.ndarray, position: int) -> np.ndarray:
     return vector[position * fixed[_WIDTH] : (position + 1) * fixed[_WIDTH]]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _send(descriptor, work, header, out, fixed, vector, own, agreed, position, no_address):
     """Send a segment: 0 or more, or minus an errno."""
     part = _part(vector, fixed, position)
@@ -97,7 +97,7 @@ def _send(descriptor, work, header, out, fixed, vector, own, agreed, position, n
     return status
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _deliver(data, fixed, vector, agreed, position):
     """Put a sum where it belongs."""
     part = _part(vector, fixed, position)
@@ -114,7 +114,7 @@ def _deliver(data, fixed, vector, agreed, position):
         restore(payload.view(np.int32), agreed[position], fixed[_BITS], factor, part.view(np.float32))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _run(
     descriptor, work, header, out, buffer, source, fixed, counts, times, status, since, found, partial,
     vector, own, agreed,

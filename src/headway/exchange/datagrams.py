@@ -13,9 +13,10 @@ import socket
 import sys
 from typing import Any
 
-import numba
 import numpy as np
 from numba import types
+
+from headway.compiled import compiled
 
 __all__ = [
     "NOT_READY",
@@ -67,14 +68,14 @@ def workspace() -> np.ndarray:
     return np.zeros(_WORDS, np.int64)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def monotonic_seconds(work: np.ndarray) -> float:
     """`time.monotonic`."""
     _CLOCK(_CLOCK_MONOTONIC, work[_TIME:].ctypes.data)
     return work[_TIME] + work[_TIME + 1] * 1e-9
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def receive(descriptor: int, work: np.ndarray, buffer: np.ndarray, source: np.ndarray) -> int:
     """Take a datagram in, without waiting: its length, and its sender's address in `source`; or minus an errno."""
     work[_LENGTH] = _ADDRESS_BYTES
@@ -84,7 +85,7 @@ def receive(descriptor: int, work: np.ndarray, buffer: np.ndarray, source: np.nd
     return size if size >= 0 else -int(_ERRNO()[0])
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def send(
     descriptor: int, work: np.ndarray, header: np.ndarray, payload: np.ndarray, target: np.ndarray, target_bytes: int
 ) -> int:
@@ -100,7 +101,7 @@ def send(
     return size if size >= 0 else -int(_ERRNO()[0])
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def wait(descriptor: int, other: int, work: np.ndarray, milliseconds: int, to_send: bool = False) -> int:
     """Until a socket is ready (1), or `other` has something to be read (2); 0 when the time is up, or for a signal."""
     work[_POLLED] = descriptor | (_POLLOUT if to_send else _POLLIN) << 32

@@ -13,8 +13,8 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-from numba import njit
 
+from headway.compiled import compiled
 from headway.exchange import kernels, lowering, shared
 from headway.exchange.kernels import call_kernel, copy_bytes
 from headway.exchange.lowering import (
@@ -68,7 +68,7 @@ def _fingerprint() -> int:
 def _compile(build: int):
     # Compiled code is kept on disk, and numba looks only at this file to see whether it is still good; but it also
     # tells code apart by the numbers that a function is closed over.
-    @njit(nogil=True, cache=True)
+    @compiled(nogil=True)
     def interpret(registers, steps, sources, waits, chunks, strides, windows, bases, needs, seen, addresses):
         """Carry out steps from where `registers` stand; returns DONE, WAITING or MESSAGE.
 

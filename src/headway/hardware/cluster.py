@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import heapq
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 
@@ -104,13 +105,29 @@ class Cluster(Value):
         return {thing.name: thing.node for thing in (*self.devices, *self.switches)}
 
     @cached_property
+    def _sources(self) -> tuple[list[int], list[int]]:
+        """The index of each link's source, and the links by that: a list for each of thousands of things costs more."""
+        sources = [self._index[link.source] for link in self.links]
+        return sources, sorted(range(len(sources)), key=sources.__getitem__)
+
+    @cached_property
     def _leaving(self) -> dict[str, dict[str, list[int]]]:
-        # Grouped by the node that they lead to: a network switch has thousands of links, and a route needs two nodes'.
-        leaving: dict[str, dict[str, list[int]]] = {name: {} for name in self._index}
-        node_of = self._node_of
-        for position, link in enumerate(self.links):
-            leaving[link.source].setdefault(node_of[link.target], []).append(position)
-        return leaving
+        return {}
+
+    def _leaving_from(self, name: str) -> dict[str, list[int]]:
+        """Links out of a device or switch, by the node that they lead to.
+
+        A network switch has thousands of links, and a route needs two nodes'.
+        """
+        found = self._leaving.get(name)
+        if found is None:
+            found = self._leaving[name] = {}
+            sources, by_source = self._sources
+            at = self._index[name]
+            first = bisect_left(by_source, at, key=sources.__getitem__)
+            for position in by_source[first : bisect_right(by_source, at, lo=first, key=sources.__getitem__)]:
+                found.setdefault(self._node_of[self.links[position].target], []).append(position)
+        return found
 
     @cached_property
     def _turn(self) -> dict[str, int]:
@@ -256,7 +273,7 @@ class Cluster(Value):
             done.add(name)
             passed, hops, slowness = cost
             passed += self._index[name] < count and name != source
-            leaving = self._leaving[name]
+            leaving = self._leaving_from(name)
             for node in leaving if nodes is None else nodes:
                 for position in leaving.get(node, ()):
                     link = self.links[position]

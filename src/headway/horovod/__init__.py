@@ -18,13 +18,6 @@ from headway.errors import HeadwayError as HorovodInternalError
 from headway.exchange.compression import Compression
 from headway.horovod import elastic
 from headway.horovod.operations import (
-    Adasum,
-    Average,
-    Max,
-    Min,
-    Product,
-    ReduceOp,
-    Sum,
     allgather,
     allgather_async,
     allreduce,
@@ -47,11 +40,9 @@ from headway.horovod.operations import (
     grouped_reducescatter,
     grouped_reducescatter_async,
     join,
-    poll,
     reducescatter,
     reducescatter_async,
     sparse_allreduce_async,
-    synchronize,
 )
 from headway.horovod.optimizer import DistributedOptimizer
 from headway.horovod.ranks import (
@@ -78,6 +69,17 @@ from headway.horovod.state import (
     broadcast_object,
     broadcast_optimizer_state,
     broadcast_parameters,
+)
+from headway.horovod.submission import (
+    Adasum,
+    Average,
+    Max,
+    Min,
+    Product,
+    ReduceOp,
+    Sum,
+    poll,
+    synchronize,
 )
 
 __all__ = [

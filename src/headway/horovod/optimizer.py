@@ -18,8 +18,9 @@ import torch
 from headway.errors import InputError
 from headway.exchange.batches import divide
 from headway.exchange.compression import Compression
-from headway.horovod.operations import Adasum, Average, Pending, ReduceOp, Sum, sparse_allreduce_async, submit
+from headway.horovod.operations import sparse_allreduce_async
 from headway.horovod.ranks import ProcessSet, context, global_process_set, number_of
+from headway.horovod.submission import Adasum, Average, Pending, ReduceOp, Sum, submit
 
 __all__ = ["DistributedOptimizer"]
 

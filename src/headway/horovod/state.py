@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from headway.errors import InputError
-from headway.horovod.operations import allgather, broadcast, broadcast_async_, synchronize
+from headway.horovod.operations import allgather, broadcast, broadcast_async_
 from headway.horovod.ranks import ProcessSet, context, global_process_set
+from headway.horovod.submission import synchronize
 
 __all__ = ["allgather_object", "broadcast_object", "broadcast_optimizer_state", "broadcast_parameters"]
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from headway.errors import DoesNotFitError, FileError, HeadwayError
 from headway.memory.buffers import PAGE_BYTES, AlignedMemory, padded
-from headway.memory.checksum import crc32c
+from headway.memory.checksum import copy_with_crc32c, crc32c
 
 __all__ = ["BLOCK_BYTES", "BlockFile", "BlockThreads", "Done", "direct_refusal", "explained", "write_fully"]
 
@@ -30,6 +30,7 @@ Done = Callable[[Exception | None], None]
 """What a transfer calls when it has ended, with what went wrong. On a thread of the disk: it must return soon."""
 
 _CHECKERS = 2  # threads beside those with a request in flight
+_ACTORS = 4  # what they wait for, the disk does for several of them at once
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CORRUPTED = "the disk or another program changed it: take the tensor from a checkpoint"
 
@@ -54,8 +55,8 @@ class BlockFile:
 class BlockThreads:
     """Threads that carry blocks: `count` requests in flight, while two threads more compute checksums.
 
-    Each has a block of `block_bytes` of its own, for memory that is not aligned. Another one does what is no transfer:
-    while it waits for the disk's own cache, as many blocks as ever are in flight.
+    Each has a block of `block_bytes` of its own, for memory that is not aligned. Others do what is no transfer: while
+    they wait for the disk's own cache, as many blocks as ever are in flight.
     """
 
     def __init__(self, count: int, block_bytes: int) -> None:
@@ -66,8 +67,10 @@ class BlockThreads:
             threading.Thread(target=self._work, args=(block_bytes,), name=f"headway-disk-{i}", daemon=True)
             for i in range(count + _CHECKERS)
         ]
-        self._actor = threading.Thread(target=self._act, name="headway-disk-actions", daemon=True)
-        for thread in (*self._threads, self._actor):
+        self._actors = [
+            threading.Thread(target=self._act, name=f"headway-disk-actions-{i}", daemon=True) for i in range(_ACTORS)
+        ]
+        for thread in (*self._threads, *self._actors):
             thread.start()
 
     def read(self, file: BlockFile, first: int, into: np.ndarray, checksums: list[int], done: Done) -> None:
@@ -90,7 +93,7 @@ class BlockThreads:
         self._each(file, first, data, transfer, done)
 
     def run(self, file: BlockFile, action: Callable[[], None], done: Done) -> None:
-        """Begin something else that has to do with `file`."""
+        """Begin something else that has to do with `file`; several such may run at once."""
         self._actions.put(_guarded(file, _Countdown(1, done), lambda _: action()))
 
     def close(self) -> None:
@@ -100,8 +103,11 @@ class BlockThreads:
         for thread in self._threads:
             thread.join()
         self._threads = []
-        self._actions.put(None)  # last: a transfer that ends may ask for one
-        self._actor.join()
+        for _ in self._actors:  # last: a transfer that ends may ask for one
+            self._actions.put(None)
+        for thread in self._actors:
+            thread.join()
+        self._actors = []
 
     def _each(
         self,
@@ -219,10 +225,11 @@ def _write_block(
 ) -> int:
     size = data.size
     if size % PAGE_BYTES or data.ctypes.data % PAGE_BYTES:
-        block[:size] = data
+        checksum = copy_with_crc32c(block[:size], data, past_caches=True)
         block[size : padded(size)] = 0
         data = block[: padded(size)]
-    checksum = crc32c(data[:size])
+    else:
+        checksum = crc32c(data)
     with requests:
         write_fully(file.descriptor, data, file.offset + number * file.block_bytes)
     return checksum
@@ -244,11 +251,10 @@ def _read_block(
                 f"tensor {file.tensor!r} is corrupted: its file ends before {place}", place=file.path, remedy=_CORRUPTED
             )
         read += count
-    if crc32c(target[:size]) != checksum:
+    found = crc32c(target) if is_aligned else copy_with_crc32c(into, target[:size])
+    if found != checksum:
         raise FileError(
             f"tensor {file.tensor!r} is corrupted: {place} do not match their checksum",
             place=file.path,
             remedy=_CORRUPTED,
         )
-    if not is_aligned:
-        into[:] = target[:size]

@@ -11,6 +11,7 @@ turn, first come, first served, and nothing is ever allocated beyond the budget.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import mmap
 import threading
 import time
@@ -92,6 +93,9 @@ class AlignedMemory:
             # Registering, where torch's allocator of pinned memory would round up to a power of two.
             code = int(_driver().cudaHostRegister(self.tensor.data_ptr(), length, 0))
             if code:
+                # The driver keeps its last error, and the next kernel that this thread launches would raise it.
+                with contextlib.suppress(RuntimeError, AssertionError):
+                    torch.zeros(1, device="cuda")
                 raise DoesNotFitError(
                     f"the driver refuses to pin {format_bytes(length)} of host memory (CUDA error {code})",
                     remedy="hold less on the host, or raise the limit of locked memory (ulimit -l)",
@@ -116,11 +120,6 @@ class Extents:
         self._grows = capacity is None
         self._starts: list[int] = [] if capacity is None else [0]
         self._lengths: dict[int, int] = {} if capacity is None else {0: capacity}
-
-    @property
-    def largest(self) -> int:
-        """Bytes of the largest free part."""
-        return max(self._lengths.values(), default=0)
 
     def take(self, size: int) -> int | None:
         """Where `size` bytes now belong to the caller, or None where no free part is long enough."""
@@ -187,7 +186,8 @@ class Request:
 class BufferPool:
     """Reused aligned buffers, `budget_bytes` of them together at most (rounded up to pages), pinned if asked.
 
-    `make_room`: called, without a lock, when a request has to wait: gives up what can be had again (prefetched data).
+    `device`: for which. `make_room`: called, without a lock, when a request has to wait: gives up what can be had again
+    (prefetched data).
     """
 
     def __init__(
@@ -195,6 +195,7 @@ class BufferPool:
         budget_bytes: int,
         *,
         pinned: bool = False,
+        device: torch.device | None = None,
         wait_seconds: float = 60.0,
         make_room: Callable[[], bool] | None = None,
     ) -> None:
@@ -203,7 +204,7 @@ class BufferPool:
         self.used_bytes = 0
         self.peak_bytes = 0
         self.last_progress = time.monotonic()
-        self._pinned = pinned
+        self._pinned, self._device = pinned, device
         self._memory: AlignedMemory | None = None  # made by the first request: many stores need no buffer at all
         self._extents = Extents(self.budget_bytes)
         self._held: dict[int, Buffer] = {}  # by address
@@ -298,11 +299,14 @@ class BufferPool:
             self._memory = None
 
     def _cut(self, size: int, holder: str) -> Buffer | None:
+        if self._memory is None:
+            # Whichever thread comes first; that of a disk has never heard of this rank's GPU.
+            on_gpu = self._device is not None and self._device.type == "cuda"
+            with torch.cuda.device(self._device) if on_gpu else contextlib.nullcontext():
+                self._memory = AlignedMemory(self.budget_bytes, pinned=self._pinned)
         start = self._extents.take(size)
         if start is None:
             return None
-        if self._memory is None:
-            self._memory = AlignedMemory(self.budget_bytes, pinned=self._pinned)
         buffer = Buffer(self._memory.tensor[start : start + size], start, size, holder)
         self._held[buffer.memory.data_ptr()] = buffer
         self.used_bytes += size
@@ -316,7 +320,12 @@ class BufferPool:
                 if not self._waiting:
                     return
                 request = self._waiting[0]
-                buffer = self._cut(request.size, request.holder)
+                try:
+                    buffer = self._cut(request.size, request.holder)
+                except BaseException:  # there is no memory: whoever asks again hears of it again
+                    self._waiting.remove(request)
+                    request.is_waiting = False
+                    raise
                 if buffer is None:
                     return
                 self._waiting.popleft()

@@ -1,8 +1,9 @@
-"""CRC-32C (Castagnoli) of bytes in memory, by the processor's own instruction where it has one.
+"""CRC-32C (Castagnoli) of bytes in memory, and copying them in the same pass.
 
 The tensors on disk carry one for each block, and it is computed while other blocks are in flight: so it must be several
-times faster than the disk. The instruction takes 8 bytes at a time but answers three cycles later; three lanes side by
-side keep it busy, and a table shifts the checksum of a lane over the bytes that follow it. Elsewhere a table of the
+times faster than the disk. Where the processor multiplies 512 bits without carries, that is used (`folding.py`); where
+it has an instruction for CRC-32C, that: it takes 8 bytes at a time but answers three cycles later, so three lanes side
+by side keep it busy, and a table shifts the checksum of a lane over the bytes that follow it. Elsewhere a table of the
 same polynomial gives the same numbers, more slowly.
 """
 
@@ -12,12 +13,16 @@ from __future__ import annotations
 # (numba's intrinsics are called with one argument less than they are written with)
 import platform
 
+import numba
 import numpy as np
 from llvmlite import binding, ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["crc32c"]
+from headway.compiled import compiled
+from headway.memory.folding import ROWS_BYTES, fold, fold_and_copy, fold_and_stream, is_available
+
+__all__ = ["copy_with_crc32c", "crc32c"]
 
 _POLYNOMIAL = 0x82F63B78  # reflected
 _LANE = 4096  # bytes of a lane
@@ -27,6 +32,8 @@ _LINE_WORDS = 8  # of what the processor fetches at once
 
 def _instruction() -> str:
     features = dict(binding.get_host_cpu_features())
+    if numba.config.CPU_NAME or numba.config.CPU_FEATURES:  # type: ignore[attr-defined]  # it compiles for another one
+        return ""
     if platform.machine() == "x86_64" and features.get("sse4.2") and features.get("crc32", True):
         return "llvm.x86.sse42.crc32.64.64"
     return ""
@@ -57,6 +64,8 @@ def _lane_tables(bytes_table: np.ndarray) -> np.ndarray:
 
 
 _INSTRUCTION = _instruction()
+_FOLDS = bool(_INSTRUCTION) and is_available()
+_LINE = 64  # bytes that go past the caches at a time
 _BYTES = _byte_tables()
 _LANES = _lane_tables(_BYTES[0])
 
@@ -91,14 +100,14 @@ def _fetch(typing_context, address):  # the typing context is numba's
     return signature, generate
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _by_table(checksum, data, start, tables):
     for i in range(start, len(data)):
         checksum = (checksum >> np.uint32(8)) ^ tables[0, (checksum ^ np.uint32(data[i])) & np.uint32(255)]
     return checksum
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _by_tables(data, tables):
     checksum = np.uint32(0xFFFFFFFF)
     whole = len(data) // 8 * 8
@@ -122,7 +131,7 @@ def _by_tables(data, tables):
     return _by_table(checksum, data, whole, tables) ^ np.uint32(0xFFFFFFFF)
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _shift(checksum, lanes):
     value = np.uint32(checksum)
     return np.uint64(
@@ -133,7 +142,7 @@ def _shift(checksum, lanes):
     )
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _by_instruction(data, words, tables, lanes):
     first = np.uint64(0xFFFFFFFF)
     at = 0
@@ -155,9 +164,52 @@ def _by_instruction(data, words, tables, lanes):
     return _by_table(np.uint32(first), data, 8 * len(words), tables) ^ np.uint32(0xFFFFFFFF)
 
 
+@compiled(nogil=True)
+def _finished(left, data, start, tables):
+    """The checksum of the bytes that folding has left, and of those of `data` from `start`, which it did not take."""
+    checksum = np.uint64(0)
+    for i in range(len(left)):
+        checksum = _step(checksum, left[i])
+    return _by_table(np.uint32(checksum), data, start, tables) ^ np.uint32(0xFFFFFFFF)
+
+
+@compiled(nogil=True)
+def _by_folding(data, tables):
+    left = np.empty(ROWS_BYTES // 8, np.uint64)
+    size = len(data) // ROWS_BYTES * ROWS_BYTES
+    fold(data.ctypes.data, data.ctypes.data, size, np.uint64(0xFFFFFFFF), left.ctypes.data)
+    return _finished(left, data, size, tables)
+
+
+@compiled(nogil=True)
+def _copied_by_folding(target, data, tables, past_caches):
+    left = np.empty(ROWS_BYTES // 8, np.uint64)
+    size = len(data) // ROWS_BYTES * ROWS_BYTES
+    if past_caches and target.ctypes.data % _LINE == 0:
+        fold_and_stream(data.ctypes.data, target.ctypes.data, size, np.uint64(0xFFFFFFFF), left.ctypes.data)
+    else:
+        fold_and_copy(data.ctypes.data, target.ctypes.data, size, np.uint64(0xFFFFFFFF), left.ctypes.data)
+    for i in range(size, len(data)):
+        target[i] = data[i]
+    return _finished(left, data, size, tables)
+
+
 def crc32c(data: np.ndarray) -> int:
     """The CRC-32C of a contiguous array of uint8 (RFC 3720, section 12.1). Lets other threads run."""
+    if _FOLDS and len(data) >= ROWS_BYTES:
+        return int(_by_folding(data, _BYTES))
     if not _INSTRUCTION:
         return int(_by_tables(data, _BYTES))
     words = data[: len(data) // 8 * 8].view(np.uint64)
     return int(_by_instruction(data, words, _BYTES, _LANES))
+
+
+def copy_with_crc32c(target: np.ndarray, data: np.ndarray, *, past_caches: bool = False) -> int:
+    """Copy `data` to `target`, which is as long (contiguous, uint8, apart), and return its CRC-32C.
+
+    `past_caches`: the processor will not read `target` soon. One pass where the processor can. Lets other threads run.
+    """
+    if _FOLDS and len(data) >= ROWS_BYTES:
+        return int(_copied_by_folding(target, data, _BYTES, past_caches))
+    np.copyto(target, data)
+    return crc32c(target)

@@ -11,9 +11,8 @@ tensor is overwritten in place, at full speed. The kernel frees the file when th
 header, `fdatasync`, rename; only then is the old one removed. Whatever moment the process is killed in,
 the file that is found later is whole, old or new; opening the directory throws away what was half written.
 
-A file system takes longer to give a file new blocks than to write to old ones, and longer still to commit that. So a
-few of the files that have been replaced are kept, and the next tensors of their length written over them: once it is
-certain (an `fsync` of the directory) that after a loss of power, too, nobody would look for a tensor there.
+A few of the files that have been replaced are kept, and the next tensors of their length written over them
+(`spares.py`).
 
 A persistent tensor's file: magic, length and CRC-32C of what follows, a `TensorHeader` in JSON, padded to whole pages;
 then the bytes of the tensor in order, little end first, padded to pages.
@@ -40,6 +39,7 @@ from headway.errors import FileError, HeadwayError, InputError
 from headway.memory.blocks import BLOCK_BYTES, BlockFile, BlockThreads, Done, direct_refusal, explained, write_fully
 from headway.memory.buffers import PAGE_BYTES, AlignedMemory, Extents, padded
 from headway.memory.checksum import crc32c
+from headway.memory.spares import SPARE_ENDING, SpareFiles
 from headway.value import Value
 
 __all__ = ["Disk", "DiskTensor", "DiskWrite", "PersistentDisk", "ScratchDisk", "TensorHeader"]
@@ -48,8 +48,7 @@ _MAGIC = b"headway1"
 _PREFIX = struct.Struct("<8sII")  # magic, bytes of the JSON, its CRC-32C
 _SCRATCH = ".headway-scratch-"
 _LOCK = ".headway-lock"
-_WHOLE, _HALF, _SPARE = ".tensor", ".writing", ".spare"
-_SPARE_FILES = 8  # kept at most, in each directory
+_WHOLE, _HALF = ".tensor", ".writing"
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
@@ -342,8 +341,7 @@ class PersistentDisk(Disk):
     """
 
     def _open(self) -> None:
-        self._spares: list[tuple[int, Path]] = []  # size
-        self._spares_lock = threading.Lock()
+        self._spares = SpareFiles(self.directory)
         self._lock_descriptor = os.open(self.directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(self._lock_descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -359,7 +357,7 @@ class PersistentDisk(Disk):
             raise
 
     def _let_go(self) -> None:
-        self._drop_spares()
+        self._spares.drop()
         os.close(self._lock_descriptor)
 
     def place(self, tensor: DiskTensor) -> str:
@@ -386,7 +384,7 @@ class PersistentDisk(Disk):
     def begin_write(self, tensor: DiskTensor) -> DiskWrite:
         temporary = self._path(tensor.name, tensor.generation + 1, _HALF)
         size = tensor.header_bytes + tensor.padded_bytes
-        is_reused = self._take_spare(size, temporary)
+        is_reused = self._spares.take(size, temporary)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | self._direct | (0 if is_reused else os.O_TRUNC)
         try:
             descriptor = os.open(temporary, flags, 0o644)
@@ -400,7 +398,7 @@ class PersistentDisk(Disk):
             try:
                 _reserve(descriptor, 0, size)
             except OSError:
-                if not self._drop_spares():
+                if not self._spares.drop():
                     raise
                 _reserve(descriptor, 0, size)
         except OSError as error:
@@ -409,7 +407,16 @@ class PersistentDisk(Disk):
         return write
 
     def commit(self, write: DiskWrite, done: Done) -> None:
-        self._threads.run(write.file, lambda: self._finish(write, write.checksums), done)
+        def finished(error: Exception | None) -> None:
+            done(error)
+            if error is None and self._spares.is_short:  # nobody waits for it
+                self._threads.run(write.file, self._secure_spares, lambda _: None)
+
+        self._threads.run(write.file, lambda: self._finish(write, write.checksums), finished)
+
+    def _secure_spares(self) -> None:
+        if self._spares.is_short:  # somebody else may have done it for this write too
+            self._spares.secure()
 
     def abort(self, write: DiskWrite) -> None:
         write.file.close()
@@ -418,11 +425,7 @@ class PersistentDisk(Disk):
                 write.temporary.unlink(missing_ok=True)
 
     def synchronise(self) -> None:
-        descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        self._spares.secure()
 
     def _finish(self, write: DiskWrite, checksums: list[int] | None) -> None:
         """Header, rename, and away with the old version. `fdatasync` between, so that no name precedes its bytes."""
@@ -447,49 +450,9 @@ class PersistentDisk(Disk):
         old, tensor.path = tensor.path, path
         tensor.generation = generation
         tensor.checksums = checksums
-        if old is not None and not self._keep_spare(old, tensor.header_bytes + tensor.padded_bytes):
+        if old is not None and not self._spares.keep(old, tensor.header_bytes + tensor.padded_bytes):
             # File systems with a journal keep the order of the rename and this.
             old.unlink(missing_ok=True)
-
-    def _keep_spare(self, old: Path, size: int) -> bool:
-        """Keep a file that has been replaced, unless there are enough. The directory says so before it is used."""
-        with self._spares_lock:
-            if self._closed or len(self._spares) >= _SPARE_FILES:
-                return False
-        try:
-            if old.stat().st_size != size:
-                return False
-            spare = old.with_suffix(_SPARE)
-            os.rename(old, spare)
-            self.synchronise()
-        except OSError:
-            spare = old.with_suffix(_SPARE)
-            spare.unlink(missing_ok=True)
-            return False
-        with self._spares_lock:
-            self._spares.append((size, spare))
-        return True
-
-    def _take_spare(self, size: int, name: Path) -> bool:
-        """Give a spare file of so many bytes a new name, if there is one."""
-        with self._spares_lock:
-            found = next((i for i, (each, _) in enumerate(self._spares) if each == size), None)
-            if found is None:
-                return False
-            _, spare = self._spares.pop(found)
-        try:
-            os.rename(spare, name)
-        except OSError:
-            return False
-        return True
-
-    def _drop_spares(self) -> bool:
-        """Remove the spare files. Whether there were any."""
-        with self._spares_lock:
-            spares, self._spares = self._spares, []
-        for _, spare in spares:
-            spare.unlink(missing_ok=True)
-        return bool(spares)
 
     def _path(self, name: str, generation: int, ending: str) -> Path:
         readable = re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)[:80]
@@ -498,7 +461,7 @@ class PersistentDisk(Disk):
 
     def _find(self) -> None:
         """Read the headers of what is there, and remove what a crash left half written or not yet removed."""
-        for left in (*self.directory.glob(f"*{_HALF}"), *self.directory.glob(f"*{_SPARE}")):
+        for left in (*self.directory.glob(f"*{_HALF}"), *self.directory.glob(f"*{SPARE_ENDING}")):
             left.unlink(missing_ok=True)
         for path in sorted(self.directory.glob(f"*{_WHOLE}")):
             header = _unpacked(path)

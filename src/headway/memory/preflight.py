@@ -8,7 +8,6 @@ pool of buffers. What a process takes besides (the interpreter, torch, the scrip
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from headway.errors import DoesNotFitError
 from headway.hardware.cluster import Cluster
+from headway.hardware.host import available_bytes, control_group_left, memory_bytes
 from headway.plan.plan import Plan, Tier
 from headway.predict.memory import Sizes
 from headway.predict.operators import WHOLE
@@ -196,17 +196,17 @@ def _swapped(plan: Plan, workload: Workload, rank: int) -> float:
 
 def available_here(directory: Path | None = None) -> Available:
     """What this machine has now. `directory`: where the disk tier is to lie."""
-    free = _free_memory()
-    group = _control_group_left()
     limits = [_limit(resource.RLIMIT_AS), _limit(resource.RLIMIT_DATA)]
     disk = float("inf")
     if directory is not None:
         there = next((path for path in (directory, *directory.absolute().parents) if path.exists()), Path("/"))
         disk = float(shutil.disk_usage(there).free)
     return Available(
-        host=min(free, group),
+        host=available_bytes(),
         process=min(limits),
-        pinned=min(_memory("MemTotal") - _memory("Mlocked") - _memory("Unevictable"), group),
+        pinned=min(
+            memory_bytes("MemTotal") - memory_bytes("Mlocked") - memory_bytes("Unevictable"), control_group_left()
+        ),
         locked_by_limit=_limit(resource.RLIMIT_MEMLOCK),
         disk=disk,
     )
@@ -281,34 +281,3 @@ def check_here(
 def _limit(kind: int) -> float:
     soft, _ = resource.getrlimit(kind)
     return float("inf") if soft == resource.RLIM_INFINITY else float(soft)
-
-
-def _free_memory() -> float:
-    return _memory("MemAvailable") or float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-
-
-def _memory(what: str) -> float:
-    """A figure of /proc/meminfo in bytes; of the whole memory also where there is none, others are 0 then."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith(f"{what}:"):
-                return float(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) if what == "MemTotal" else 0.0
-
-
-def _control_group_left(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """What the control group of this process leaves, version 2 or 1; infinity where none limits."""
-    left = float("inf")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            text = (root / limit).read_text().strip()
-            if text != "max" and float(text) < 2**60:
-                left = min(left, float(text) - float((root / used).read_text()))
-        except OSError:
-            continue
-    return left

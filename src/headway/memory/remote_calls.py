@@ -11,6 +11,7 @@ sequenced-packet sockets with abstract names: nothing is left in the file system
 from __future__ import annotations
 
 import contextlib
+import errno
 import secrets
 import selectors
 import socket
@@ -77,14 +78,18 @@ class CallServer:
             reply = [None, self._runner.carry_out(self._handler("", msgspec.msgpack.decode(data)))]
         except InputError as error:  # the client's mistake; anything else is the server's
             reply = [str(error), None]
+        encoded = msgspec.msgpack.encode(reply)
         with contextlib.suppress(OSError):  # gone while it was being answered; the next recv says so
-            connection.send(msgspec.msgpack.encode(reply))
+            if not _sent(connection, encoded):
+                refusal = f"the reply of {len(encoded)} bytes is more than a packet holds"
+                connection.send(msgspec.msgpack.encode([refusal, None]))
 
 
 class CallClient:
     """Carries calls to servers, by name → address; for `Blocking`. One thread at a time.
 
-    Raises InputError for a server that is not known, or what it refused; RunError for one that is gone.
+    Raises InputError for a server that is not known, what it refused, or a request or reply that is larger than a
+    packet (some 200 kB); RunError for a server that is gone.
     """
 
     def __init__(self, addresses: Mapping[str, str]) -> None:
@@ -100,10 +105,17 @@ class CallClient:
             if connection is None:
                 connection = self._connections[server] = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 connection.connect("\0" + self._addresses[server])
-            connection.send(msgspec.msgpack.encode(request))
-            data = connection.recv(_LARGEST)
+            encoded = msgspec.msgpack.encode(request)
+            is_sent = _sent(connection, encoded)
+            data = connection.recv(_LARGEST) if is_sent else b""
         except OSError:
-            data = b""
+            is_sent, data = True, b""
+        if not is_sent:
+            raise InputError(
+                f"a request of {len(encoded)} bytes is more than a packet holds",
+                place=f"call to {server}",
+                remedy="ask for less at once, or raise net.core.wmem_default",
+            )
         if not data:
             raise RunError("is gone", place=f"call to {server}", remedy="start the server again, and the store anew")
         refusal, reply = msgspec.msgpack.decode(data)
@@ -116,3 +128,14 @@ class CallClient:
         for connection in self._connections.values():
             connection.close()
         self._connections.clear()
+
+
+def _sent(connection: socket.socket, packet: bytes) -> bool:
+    """Send a packet; False, and nothing is sent, where it is larger than the system's buffer for one."""
+    try:
+        connection.send(packet)
+    except OSError as error:
+        if error.errno != errno.EMSGSIZE:
+            raise
+        return False
+    return True

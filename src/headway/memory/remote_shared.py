@@ -27,6 +27,7 @@ import msgspec
 import numpy as np
 
 from headway.errors import DoesNotFitError, InputError, RunError
+from headway.hardware.host import available_bytes
 from headway.memory import passive_node
 from headway.memory.remote import WORD_BYTES, WORD_MASK, refuse_unaligned
 from headway.memory.shared_words import compare_and_swap, copy_words, fetch_and_add
@@ -91,7 +92,7 @@ def start_memory_node(size: int, *, stays: bool = False) -> MemoryNode:
         raise RunError("memory nodes need Linux (memfd, pidfd)", place="memory node")
     if size <= 0:
         raise InputError(f"a region of {size} bytes", place="memory node", remedy="give a positive number of bytes")
-    available = _available_bytes()
+    available = available_bytes()
     if size > available:
         raise DoesNotFitError(
             f"a region of {format_bytes(size)} and {format_bytes(available)} of memory available: "
@@ -228,13 +229,6 @@ def _copy(source: np.ndarray, target: np.ndarray) -> None:
 def _signed(word: int) -> int:
     word &= WORD_MASK
     return word - 2**64 if word >> 63 else word
-
-
-def _available_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return sys.maxsize
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -343,4 +343,5 @@ def _identity() -> int:
 
 
 def _is_alive(identity: int) -> bool:
-    return _started(identity >> 32) & 0xFFFFFFFF == identity & 0xFFFFFFFF
+    # 0 is nobody: what a kill has left reserved, and without an owner yet.
+    return identity != 0 and _started(identity >> 32) & 0xFFFFFFFF == identity & 0xFFFFFFFF

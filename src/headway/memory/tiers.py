@@ -16,30 +16,23 @@ run on streams of their own.
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from math import prod
 from pathlib import Path
 from typing import Protocol, Self
 
 import torch
 
-from headway.errors import DoesNotFitError, HeadwayError, InputError
+from headway.errors import HeadwayError, InputError
 from headway.memory.blocks import BLOCK_BYTES
-from headway.memory.buffers import AlignedMemory, Buffer, BufferPool, as_tensor, padded
-from headway.memory.disk import Disk, DiskTensor, PersistentDisk, ScratchDisk
-from headway.memory.transfers import Carrier, Operation, Place, RemoteRegion, RemoteTensor
+from headway.memory.buffers import Buffer, BufferPool, as_tensor
+from headway.memory.disk import Disk, PersistentDisk, ScratchDisk
+from headway.memory.places import UNLIMITED_BYTES, Places, Resting, TierUse, held_bytes
+from headway.memory.transfers import Carrier, Operation, RemoteRegion, RemoteTensor
 from headway.plan.plan import Tier
-from headway.units import format_bytes
 
 __all__ = ["UNLIMITED_BYTES", "Pending", "RemoteRegion", "Store", "TierUse", "held_bytes"]
-
-UNLIMITED_BYTES = sys.maxsize
-"""The budget of a tier that was given none."""
-
-_ALIGNED_BYTES = 64 << 10  # tensors on the host from this size on have pages of their own
 
 
 class Pending(Protocol):
@@ -55,38 +48,14 @@ class Pending(Protocol):
         ...
 
 
-class TierUse(Protocol):
-    """What a tier holds and may hold, in bytes."""
-
-    used_bytes: int
-    budget_bytes: int
-    peak_bytes: int
-
-
-class _Use:
-    def __init__(self, budget_bytes: int) -> None:
-        self.used_bytes = 0
-        self.budget_bytes = budget_bytes
-        self.peak_bytes = 0
-
-
 class _Entry:
-    """A named tensor: where it is, and what is being done with it."""
+    """A named tensor: where it rests, and what is being done with it."""
 
-    def __init__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, tier: Tier) -> None:
-        self.name = name
-        self.shape = shape
-        self.dtype = dtype
-        self.tier: Tier = tier
-        self.place: Place | None = None
-        self.memory: AlignedMemory | None = None  # under `place`, on the host
+    def __init__(self, resting: Resting) -> None:
+        self.resting = resting
         self.last_write: Operation | None = None
         self.reads: list[Operation] = []  # since the last write
         self.prefetched: Operation | None = None
-
-    @property
-    def size(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
 
 
 class _Turn:
@@ -95,11 +64,6 @@ class _Turn:
     def __init__(self, launch: Callable[[], None]) -> None:
         self.launch = launch
         self.is_ready = False  # the writes before it have ended
-
-
-def held_bytes(size: int, tier: Tier) -> int:
-    """What a tensor of `size` bytes counts for in a tier's budget: whole pages on disk, and on the host if large."""
-    return padded(size) if tier == "disk" or (tier == "host" and size >= _ALIGNED_BYTES) else size
 
 
 class Store:
@@ -133,34 +97,34 @@ class Store:
         direct_io: bool = True,
     ) -> None:
         self.device = torch.device(device)
-        self._budgets = dict(budgets or {})
-        tiers: tuple[Tier, ...] = ("device", "host", "remote", "disk")
-        for tier, budget in self._budgets.items():
-            if tier not in tiers or budget < 0:
-                raise InputError(f"budgets: {tier!r}: {budget}", remedy=f"bytes for any of {', '.join(tiers)}")
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        budgets = dict(budgets or {})
+        Places.check(budgets)
         if persistent and directory is None and remote is None:
             raise InputError("a persistent store needs a directory", remedy="give directory=")
         self._outlasts = persistent
-        self._use: dict[Tier, _Use] = {tier: _Use(self._budgets.get(tier, UNLIMITED_BYTES)) for tier in tiers}
-        self._entries: dict[str, _Entry] = {}
         self._prefetched: list[_Entry] = []  # the oldest first
         self._turns: deque[_Turn] = deque()  # reads that have not asked for their buffer yet, in the order of the calls
         self._open: set[Operation] = set()
         self._failed: list[Operation] = []
         self._lock = threading.RLock()
         self._closed = False
-        self._pinned = self.device.type == "cuda"
+        pinned = self.device.type == "cuda"
         self._pool = BufferPool(
-            buffer_bytes, pinned=self._pinned, wait_seconds=wait_seconds, make_room=self._give_up_prefetched
+            buffer_bytes,
+            pinned=pinned,
+            device=self.device,
+            wait_seconds=wait_seconds,
+            make_room=self._give_up_prefetched,
         )
-        self._remote = remote
         self._disk: Disk | None = None
         if directory is not None:
             kind = PersistentDisk if persistent else ScratchDisk
             self._disk = kind(directory, threads=disk_threads, block_bytes=block_bytes, direct=direct_io)
         self._carrier = Carrier(self.device, self._pool, self._disk, remote)
-        for name in self._disk.names() if self._disk is not None else ():
-            self._adopt(name)
+        self._places = Places(self.device, pinned=pinned, disk=self._disk, remote=remote, budgets=budgets)
+        self._entries = {resting.name: _Entry(resting) for resting in self._places.found()}
 
     # What is there
 
@@ -177,7 +141,7 @@ class Store:
     def tier_of(self, name: str) -> Tier:
         """Where it rests (until a move is done: where it comes from). Raises InputError if there is no such tensor."""
         with self._lock:
-            return self._entry(name).tier
+            return self._entry(name).resting.tier
 
     def names(self) -> tuple[str, ...]:
         """Of all tensors, in the order of their creation."""
@@ -187,12 +151,12 @@ class Store:
     def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype. Raises InputError if there is no such tensor."""
         with self._lock:
-            entry = self._entry(name)
-            return entry.shape, entry.dtype
+            resting = self._entry(name).resting
+            return resting.shape, resting.dtype
 
     def use(self) -> Mapping[Tier, TierUse]:
         """What each tier holds now, may hold, and held at most."""
-        return dict(self._use)
+        return self._places.use()
 
     def resident(self, name: str) -> torch.Tensor:
         """The tensor itself, without a copy, where its tier is directly addressable (device, host).
@@ -204,12 +168,13 @@ class Store:
         if write is not None:
             write.wait()
         with self._lock:
-            entry = self._entry(name)
-            if not isinstance(entry.place, torch.Tensor):
+            resting = self._entry(name).resting
+            if not isinstance(resting.place, torch.Tensor):
                 raise InputError(
-                    f"tensor {name!r} rests on {entry.tier}, which no tensor can look at", remedy="read() or move() it"
+                    f"tensor {name!r} rests on {resting.tier}, which no tensor can look at",
+                    remedy="read() or move() it",
                 )
-            return entry.place
+            return resting.place
 
     # Changes
 
@@ -229,7 +194,7 @@ class Store:
         Raises InputError if the name is taken, DoesNotFitError over the budget; to read what is not there fails.
         """
         with self._lock:
-            place = self._create(name, tuple(shape), dtype, "remote", announce=False).place
+            place = self._create(name, tuple(shape), dtype, "remote", announce=False).resting.place
             assert isinstance(place, RemoteTensor)
             place.is_written = True
 
@@ -247,8 +212,10 @@ class Store:
                 if tier is None:
                     raise InputError(f"there is no tensor {name!r} yet", remedy="say which tier it is to rest in")
                 entry = self._create(name, tuple(tensor.shape), tensor.dtype, tier, announce=False)
-            elif tier is not None and tier != entry.tier:
-                raise InputError(f"tensor {name!r} rests on {entry.tier}, not on {tier}", remedy="move() it first")
+            elif tier is not None and tier != entry.resting.tier:
+                raise InputError(
+                    f"tensor {name!r} rests on {entry.resting.tier}, not on {tier}", remedy="move() it first"
+                )
             self._check_like(entry, tensor)
             operation = self._operation(f"the write of {name!r}", tensor)
             if release:
@@ -256,8 +223,8 @@ class Store:
             target = entry
 
             def launch() -> None:
-                assert target.place is not None
-                self._carrier.carry(tensor, target.place, operation.ready, self._ending(operation, tensor))
+                assert target.resting.place is not None
+                self._carrier.carry(tensor, target.resting.place, operation.ready, self._ending(operation, tensor))
 
             self._begin(entry, operation, launch, is_write=True)
         return operation
@@ -274,7 +241,7 @@ class Store:
             entry = self._entry(name)
             if into is not None:
                 self._check_like(entry, into)
-                if not into.is_contiguous() and entry.tier in ("remote", "disk"):
+                if not into.is_contiguous() and entry.resting.tier in ("remote", "disk"):
                     raise InputError(f"reading {name!r} into strides", remedy="read into a contiguous tensor")
             prefetched = entry.prefetched
             if prefetched is not None:
@@ -283,7 +250,7 @@ class Store:
                     return prefetched
                 return self._copy_prefetched(entry, prefetched, into)
             operation = self._operation(f"the read of {name!r}", into)
-            if into is not None or not entry.size:
+            if into is not None or not entry.resting.size:
                 self._begin(entry, operation, lambda: self._launch_read(entry, operation, into, None), is_write=False)
                 return operation
             turn = _Turn(lambda: self._launch_read(entry, operation, None, None))
@@ -298,9 +265,9 @@ class Store:
         """
         with self._lock:
             entry = self._entry(name)
-            if entry.prefetched is not None or not entry.size:
+            if entry.prefetched is not None or not entry.resting.size:
                 return
-            buffer = self._pool.try_acquire(entry.size, f"{name!r} (prefetched)")
+            buffer = self._pool.try_acquire(entry.resting.size, f"{name!r} (prefetched)")
             if buffer is None:
                 return
             operation = self._operation(f"the read of {name!r}", None)
@@ -335,17 +302,23 @@ class Store:
             write.settle()  # it may be a move itself, and we have to know where from
 
     def remove(self, name: str) -> None:
-        """Forget it and free its place, once what is being done with it has ended."""
-        with self._lock:
-            entry = self._entry(name)
-            under_way = [*entry.reads, *([entry.last_write] if entry.last_write is not None else [])]
-            if entry.prefetched is not None:
-                self._drop_prefetched(entry)
-            del self._entries[name]
-        for operation in under_way:
-            operation.settle()
-        with self._lock:
-            self._discard(entry)
+        """Forget it and free its place, once what is being done with it has ended.
+
+        Until then the name is taken: files and segments are called by it, and a new tensor's would be freed with them.
+        """
+        while True:
+            with self._lock:
+                entry = self._entry(name)
+                if entry.prefetched is not None:
+                    self._drop_prefetched(entry)
+                begun = [*entry.reads, *([entry.last_write] if entry.last_write is not None else [])]
+                under_way = [operation for operation in begun if not operation.done]
+                if not under_way:
+                    del self._entries[name]
+                    self._places.discard(entry.resting)
+                    return
+            for operation in under_way:
+                operation.settle()
 
     def flush(self) -> None:
         """Wait until everything begun is done and what is on disk is safe there. Raises the first error."""
@@ -372,14 +345,7 @@ class Store:
             self._carrier.close()
             if self._disk is not None:
                 self._disk.close()
-            if self._remote is not None and not self._outlasts:
-                for entry in self._entries.values():
-                    if isinstance(entry.place, RemoteTensor):
-                        with contextlib.suppress(HeadwayError, OSError):
-                            self._discard(entry)
-            for entry in self._entries.values():
-                if entry.memory is not None:
-                    entry.memory.close()
+            self._places.let_go((entry.resting for entry in self._entries.values()), keep_remote=self._outlasts)
             self._entries.clear()
             self._pool.close()
 
@@ -407,9 +373,11 @@ class Store:
             raise InputError(f"there is no tensor {name!r} in the store", remedy="create() or write() it") from None
 
     def _check_like(self, entry: _Entry, tensor: torch.Tensor) -> None:
-        if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+        resting = entry.resting
+        if tuple(tensor.shape) != resting.shape or tensor.dtype != resting.dtype:
             raise InputError(
-                f"tensor {entry.name!r} is {entry.dtype} of {entry.shape}, not {tensor.dtype} of {tuple(tensor.shape)}",
+                f"tensor {resting.name!r} is {resting.dtype} of {resting.shape}, "
+                f"not {tensor.dtype} of {tuple(tensor.shape)}",
                 remedy="remove() it and create it anew, or convert",
             )
 
@@ -426,88 +394,9 @@ class Store:
         self._check_open()
         if name in self._entries:
             raise InputError(f"there is a tensor {name!r} already", remedy="remove() it, or write() it anew")
-        entry = self._placed(name, shape, dtype, tier, announce=announce, pinned=pinned)
+        entry = _Entry(self._places.give(name, shape, dtype, tier, announce=announce, pinned=pinned))
         self._entries[name] = entry
         return entry
-
-    def _placed(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        tier: Tier,
-        *,
-        announce: bool,
-        pinned: bool | None = None,
-    ) -> _Entry:
-        """An entry with a place of its own, counted in the tier's budget."""
-        pinned = self._pinned if pinned is None else pinned
-        entry = _Entry(name, shape, dtype, tier)
-        self._occupy(name, held_bytes(entry.size, tier), tier)
-        try:
-            if tier == "device":
-                entry.place = torch.zeros(shape, dtype=dtype, device=self.device)
-            elif tier == "host":
-                if entry.size >= _ALIGNED_BYTES:
-                    entry.memory = AlignedMemory(entry.size, pinned=pinned)
-                    entry.place = as_tensor(entry.memory.tensor, shape, dtype)
-                else:
-                    entry.place = torch.zeros(shape, dtype=dtype, pin_memory=pinned)
-            elif tier == "disk":
-                if self._disk is None:
-                    raise InputError("this store has no disk tier", remedy="give Store(directory=…)")
-                kind = str(dtype).removeprefix("torch.")
-                entry.place = self._disk.create(name, shape, kind, entry.size, announce=announce)
-            else:
-                if self._remote is None:
-                    raise InputError("this store has no remote tier", remedy="give Store(remote=…)")
-                entry.place = RemoteTensor(name, entry.size)
-        except BaseException as error:
-            self._use[tier].used_bytes -= held_bytes(entry.size, tier)
-            if isinstance(error, torch.OutOfMemoryError):
-                raise DoesNotFitError(
-                    f"the device has no room for tensor {name!r} of {format_bytes(entry.size)}",
-                    remedy="rest it in another tier, or set a budget for the device so that the plan is checked",
-                ) from error
-            raise
-        return entry
-
-    def _occupy(self, name: str, size: int, tier: Tier) -> None:
-        if tier not in self._use:
-            raise InputError(f"no tier is called {tier!r}", remedy=f"one of {', '.join(self._use)}")
-        use = self._use[tier]
-        if use.used_bytes + size > use.budget_bytes:
-            shortfall = use.used_bytes + size - use.budget_bytes
-            raise DoesNotFitError(
-                f"tensor {name!r} of {format_bytes(size)} does not fit into the {tier} tier: "
-                f"{format_bytes(use.used_bytes)} of {format_bytes(use.budget_bytes)} are taken, "
-                f"{format_bytes(shortfall)} ({shortfall} bytes) are missing",
-                remedy=f"raise the budget of {tier}, or rest tensors in another tier",
-            )
-        use.used_bytes += size
-        use.peak_bytes = max(use.peak_bytes, use.used_bytes)
-
-    def _adopt(self, name: str) -> None:
-        """Take over a tensor that a persistent disk has kept."""
-        assert self._disk is not None
-        found = self._disk.tensor(name)
-        entry = _Entry(name, found.shape, getattr(torch, found.dtype), "disk")
-        self._occupy(name, held_bytes(entry.size, "disk"), "disk")
-        entry.place = found
-        self._entries[name] = entry
-
-    def _discard(self, entry: _Entry) -> None:
-        """Free an entry's place."""
-        place, memory = entry.place, entry.memory
-        entry.place = entry.memory = None
-        self._use[entry.tier].used_bytes -= held_bytes(entry.size, entry.tier)
-        if memory is not None:
-            memory.close()
-        if isinstance(place, DiskTensor) and self._disk is not None:
-            self._disk.remove(place)
-        elif isinstance(place, RemoteTensor) and self._remote is not None and place.is_written:
-            for segment, _, _ in place.segments(0, place.size):
-                self._remote.remove(segment)
 
     # Operations
 
@@ -550,28 +439,28 @@ class Store:
             other.then(one_less)
 
     def _move(self, entry: _Entry, tier: Tier) -> Pending:
-        name = entry.name
-        operation = self._operation(f"the move of {name!r} to {tier}", None)
-        if entry.tier == tier:
-            self._begin(entry, operation, lambda: self._ending(operation, _visible(entry))(None), is_write=True)
+        resting = entry.resting
+        label = f"the move of {resting.name!r} to {tier}"
+        if resting.tier == tier:
+            operation = self._operation(label, None)
+            self._begin(entry, operation, lambda: self._ending(operation, _visible(resting))(None), is_write=True)
             return operation
-        moved = self._placed(name, entry.shape, entry.dtype, tier, announce=False)
+        moved = self._places.give(resting.name, resting.shape, resting.dtype, tier, announce=False)
+        operation = self._operation(label, None)  # after its place on the device has been filled with zeros
 
         def finish(error: Exception | None) -> None:
             with self._lock:
                 gone = moved
                 if error is None:
-                    gone = _Entry(name, entry.shape, entry.dtype, entry.tier)
-                    gone.place, gone.memory = entry.place, entry.memory
-                    entry.place, entry.memory, entry.tier = moved.place, moved.memory, tier
+                    gone, entry.resting = resting, moved
                 with contextlib.suppress(HeadwayError, OSError):
-                    self._discard(gone)
-            self._ending(operation, _visible(entry))(error)
+                    self._places.discard(gone)
+            self._ending(operation, _visible(entry.resting))(error)
 
         def launch() -> None:
-            assert entry.place is not None
+            assert resting.place is not None
             assert moved.place is not None
-            self._carrier.carry(entry.place, moved.place, operation.ready, finish)
+            self._carrier.carry(resting.place, moved.place, operation.ready, finish)
 
         self._begin(entry, operation, launch, is_write=True)
         return operation
@@ -604,18 +493,19 @@ class Store:
     def _launch_read(
         self, entry: _Entry, operation: Operation, into: torch.Tensor | None, buffer: Buffer | None
     ) -> None:
-        place = entry.place
+        resting = entry.resting
+        place = resting.place
         assert place is not None
         if into is not None:
             self._carrier.carry(place, into, operation.ready, self._ending(operation, into))
             return
-        if not entry.size:
-            operation.end(torch.empty(entry.shape, dtype=entry.dtype))
+        if not resting.size:
+            operation.end(torch.empty(resting.shape, dtype=resting.dtype))
             return
 
         def granted(buffer: Buffer) -> None:
             operation.request = None
-            tensor = as_tensor(buffer.memory, entry.shape, entry.dtype)
+            tensor = as_tensor(buffer.memory, resting.shape, resting.dtype)
 
             def ended(error: Exception | None) -> None:
                 if error is not None:
@@ -628,7 +518,7 @@ class Store:
             granted(buffer)
             return
         try:
-            request = self._pool.request(entry.size, operation.label, granted)
+            request = self._pool.request(resting.size, operation.label, granted)
         except HeadwayError as error:
             operation.end(None, error)
             return
@@ -638,7 +528,7 @@ class Store:
     # Prefetched tensors: entries whose bytes are in a buffer, or on the way there, and that nobody has asked for
 
     def _copy_prefetched(self, entry: _Entry, prefetched: Operation, into: torch.Tensor) -> Operation:
-        operation = self._operation(f"the read of {entry.name!r}", into)
+        operation = self._operation(f"the read of {entry.resting.name!r}", into)
 
         def copy() -> None:
             source = prefetched.result
@@ -698,8 +588,8 @@ class Store:
                 operation.settle()
 
 
-def _visible(entry: _Entry) -> torch.Tensor:
+def _visible(resting: Resting) -> torch.Tensor:
     """What a move returns."""
-    if isinstance(entry.place, torch.Tensor):
-        return entry.place
-    return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+    if isinstance(resting.place, torch.Tensor):
+        return resting.place
+    return torch.empty(resting.shape, dtype=resting.dtype, device="meta")

@@ -24,6 +24,7 @@ from headway.errors import StalledError
 from headway.memory.blocks import Done
 from headway.memory.buffers import Buffer, BufferPool, Request, as_bytes
 from headway.memory.disk import Disk, DiskTensor, DiskWrite
+from headway.memory.threads import work_on
 
 __all__ = ["SEGMENT_BYTES", "Carrier", "Operation", "Place", "RemoteRegion", "RemoteTensor"]
 
@@ -206,6 +207,7 @@ class Carrier:
             self._queue.put(lambda: self._carry(source, target, ready, done))
 
     def _work(self) -> None:
+        work_on(self._device)
         while (task := self._queue.get()) is not None:
             task()
             del task  # it holds the tensors that it carried, and the next may be long in coming
@@ -235,7 +237,7 @@ class Carrier:
             if ready is not None:
                 stream.wait_event(ready)
             target.copy_(source, non_blocking=True)
-            copied = torch.cuda.Event()
+            copied = torch.cuda.Event(blocking=True)  # who waits sleeps: the processor may have an update to make
             copied.record(stream)
         copied.synchronize()
 

@@ -27,8 +27,10 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
-from numba import config, njit, types
+from numba import config, types
 from numba.extending import intrinsic
+
+from headway.compiled import compiled
 
 __all__ = [
     "BLOCK_ELEMENTS",
@@ -61,7 +63,7 @@ _FLOAT32, _BFLOAT16, _INT8 = 4, 2, 1  # bytes of an element tell which it is
 
 
 # numpy's division: Python's looks for zeros first, and so cannot be vectorised.
-_compiled = njit(cache=True, nogil=True, error_model="numpy")
+_compiled = compiled(nogil=True, error_model="numpy")
 
 
 @intrinsic
@@ -178,9 +180,7 @@ def _coder(*, signed: bool) -> Callable[[float], Any]:
     l0, l1, l2, l3, l4, l5, l6 = (np.float32(first + part - 1) for first, part in zip(firsts, parts, strict=True))
     top = np.float32(len(codes) - 1)
 
-    # Not kept on disk by itself: numba finds a free name for what it keeps and writes it in two steps, so two processes
-    # that compile both of these for the first time at once may leave the one under the key of the other.
-    @njit(nogil=True, error_model="numpy")
+    @_compiled
     def code(number):
         slope, offset, last = np.float32(0), np.float32(0), np.float32(0)
         if number > t0:

@@ -274,8 +274,18 @@ class Plan(Value):
         parts += [f"{axis} collectives by {algorithm}" for axis, algorithm in sorted(self.collectives.items())]
         return ", ".join(parts)
 
-    def validate(self, graph: Graph | None = None, cluster: Cluster | None = None, *, place: str = "plan") -> Plan:
-        """This plan, or PlanError naming the field: against itself, and against the model and the machines if given."""
+    def validate(
+        self,
+        graph: Graph | None = None,
+        cluster: Cluster | None = None,
+        *,
+        place: str = "plan",
+        distinct_devices: bool = False,
+    ) -> Plan:
+        """This plan, or PlanError naming the field: against itself, and against the model and the machines if given.
+
+        `distinct_devices`: it is known that no device is listed twice (a search takes thousands from one list).
+        """
 
         def refuse(field: str, message: str, remedy: str = "") -> None:
             raise PlanError(message, place=f"{place}: {field}", remedy=remedy)
@@ -294,7 +304,7 @@ class Plan(Value):
                 f"{degrees}{self.world_size} ranks, and {len(self.devices)} devices are listed",
                 "make the degrees multiply to the number of devices",
             )
-        if len(set(self.devices)) != len(self.devices):
+        if not distinct_devices and len(set(self.devices)) != len(self.devices):
             refuse("devices", "a device is listed twice")
         self._validate_shares(refuse)
         if not self.shares and self.global_batch % (self.micro_batch * self.data):
@@ -345,17 +355,25 @@ class Plan(Value):
                     "stages follow each other without gaps and none is empty",
                 )
             expected = stage.stop
-            for field in ("recompute", "recompute_attention", "swap"):
-                for layer in getattr(stage, field):
-                    if not stage.start <= layer < stage.stop:
-                        refuse(f"stages[{position}].{field}", f"layer {layer} is not in this stage")
-            if set(stage.recompute) & set(stage.recompute_attention):
-                refuse(f"stages[{position}].recompute_attention", "a layer is listed in `recompute` too")
+            if stage.recompute or stage.recompute_attention or stage.swap:
+                self._validate_chosen(position, stage, refuse)
+            if self.is_uniform:
+                continue
             if stage.data < 0 or stage.tensor < 0:
                 refuse(f"stages[{position}]", "degrees must not be negative", "0 means the plan's own")
             own = (stage.data or self.data, stage.tensor or self.tensor)
             if own != self.degrees(position % self.pipeline):
                 refuse(f"stages[{position}]", "stages on one pipeline rank must have the same degrees")
+
+    @staticmethod
+    def _validate_chosen(position: int, stage: Stage, refuse) -> None:
+        for field in ("recompute", "recompute_attention", "swap"):
+            layers = getattr(stage, field)
+            if layers and (min(layers) < stage.start or max(layers) >= stage.stop):
+                layer = next(layer for layer in layers if not stage.start <= layer < stage.stop)
+                refuse(f"stages[{position}].{field}", f"layer {layer} is not in this stage")
+        if stage.recompute_attention and set(stage.recompute) & set(stage.recompute_attention):
+            refuse(f"stages[{position}].recompute_attention", "a layer is listed in `recompute` too")
 
     def _validate_shares(self, refuse) -> None:
         if not self.shares:

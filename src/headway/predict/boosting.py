@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
+
+from headway.compiled import compiled
 
 __all__ = ["Trees", "boost"]
 
@@ -72,7 +73,7 @@ def _cuts(column: np.ndarray) -> np.ndarray:
     return np.unique(np.quantile(distinct, np.linspace(0, 1, _BINS + 1)[1:-1]))
 
 
-@numba.njit(cache=True)
+@compiled()
 def _grow(binned, edges, target, rate, smallest_leaf, feature, threshold, value):  # pragma: no cover - compiled
     rows, features = binned.shape
     bins = edges.shape[1]
@@ -127,7 +128,7 @@ def _grow(binned, edges, target, rate, smallest_leaf, feature, threshold, value)
     return step
 
 
-@numba.njit(cache=True)
+@compiled()
 def _evaluate(feature, threshold, value, x):  # pragma: no cover - compiled
     result = np.zeros(len(x))
     for row in range(len(x)):

@@ -96,6 +96,7 @@ class Latency:
         # A profile was measured among as many processes as there are devices: one rank alone is faster than that.
         self._share = 1.0 if crowded or self.profile is None else self.profile.quiet_share
         self._layers: dict[tuple, LayerTime] = {}
+        self._classes: dict[frozenset[int], list[tuple[str | int, int]]] = {}
         self._calibrations: dict[tuple, float] = {}
         self._groups: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
         self._splits: dict[Shards, frozenset[int]] = {}
@@ -235,20 +236,31 @@ class Latency:
         self, position: int, samples: float, shards: Shards = WHOLE, precision: str = "float32"
     ) -> LayerTime:
         """Times of the layer at `position`; layers of equal signature are computed once."""
-        layer = self.graph.layers[position]
-        # Two layers of equal signature are alike only if their blocks are split alike.
-        split = self._chosen(layer, shards)
-        key = (
-            layer.signature or position,
-            samples,
-            shards.degree if split else 1,
-            len(split),
-            shards.sequence,
-            precision,
-        )
+        alike = self._classes_of(shards)[position]
+        split = alike[1]
+        key = (*alike, samples, shards.degree if split else 1, shards.sequence, precision)
         found = self._layers.get(key)
         if found is None:
-            found = self._layers[key] = self._time(layer, samples, shards, precision)
+            found = self._layers[key] = self._time(self.graph.layers[position], samples, shards, precision)
+        return found
+
+    def layer_times(
+        self, samples: float, shards: Shards = WHOLE, precision: str = "float32"
+    ) -> Iterator[tuple[float, ...]]:
+        """Field by field of `LayerTime`, the times of all layers."""
+        classes = self._classes_of(shards)
+        first = {alike: position for position, alike in reversed(list(enumerate(classes)))}
+        times = {alike: self.layer_time(at, samples, shards, precision) for alike, at in first.items()}
+        return zip(*(times[alike] for alike in classes), strict=True)
+
+    def _classes_of(self, shards: Shards) -> list[tuple[str | int, int]]:
+        """For each layer its signature, and how many of its blocks are split: layers with both alike are alike."""
+        found = self._classes.get(shards.blocks)
+        if found is None:
+            # Two layers of equal signature are alike only if their blocks are split alike.
+            found = self._classes[shards.blocks] = [
+                (layer.signature or at, len(self._chosen(layer, shards))) for at, layer in enumerate(self.graph.layers)
+            ]
         return found
 
     def _time(self, layer: Layer, samples: float, shards: Shards, precision: str) -> LayerTime:

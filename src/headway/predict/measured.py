@@ -15,7 +15,6 @@ from headway.errors import FieldError, InputError
 from headway.hardware.cluster import Cluster
 from headway.predict.communication import Axis
 from headway.predict.database import Database, Measurement
-from headway.predict.learned import Learned
 from headway.predict.timing import Interpolated, Linear, Place, Timing, axis_place, for_cluster, time_operator
 from headway.value import Value
 from headway.workload.graph import Operator
@@ -207,6 +206,8 @@ def measured_times(
         )
     made: Timing
     if way == "learned":
+        from headway.predict.learned import Learned  # imported where used: its compiler takes half a second to start
+
         made = Learned(rows, bounds=False)  # a search needs no bounds, and they take most of the fit
     else:
         made = (Interpolated if way == "interpolated" else Linear)(rows)

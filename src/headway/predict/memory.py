@@ -9,34 +9,23 @@ backward pass, times the micro-batches that the schedule keeps in flight.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from headway.plan.plan import Stage
 from headway.predict.autocast import autocast_surplus
 from headway.predict.operators import Shards, operator_name
+from headway.predict.parameters import ParameterBytes, ParameterSums, Tied
 from headway.workload.graph import Graph, Parameter, TensorKind, dtype_bytes
 
-__all__ = ["ActivationBytes", "Keeping", "ParameterBytes", "Sizes", "zero1_partition"]
+__all__ = ["ActivationBytes", "Alike", "Keeping", "ParameterBytes", "Sizes", "zero1_partition"]
 
 
-class ParameterBytes(NamedTuple):
-    """Parameters of some layers on one tensor-parallel rank, before ZeRO divides them.
+class Alike(NamedTuple):
+    """A class of stages that cost the same: its number, and the first stage of it that was met."""
 
-    `largest_layer_*`: of the layer that reads most. `trainable_*` leave frozen parameters out, `expert_elements` counts
-    the trainable ones that are experts' (one expert-parallel rank's part of them). `largest_tensor_elements`: of the
-    largest parameter.
-    """
-
-    elements: int = 0
-    bytes: int = 0
-    trainable_elements: int = 0
-    trainable_bytes: int = 0
-    tensors: int = 0
-    largest_layer_bytes: int = 0
-    largest_layer_elements: int = 0
-    largest_tensor_elements: int = 0
-    expert_elements: int = 0
+    number: int
+    stage: Stage
 
 
 class ActivationBytes(NamedTuple):
@@ -85,6 +74,7 @@ class Keeping(NamedTuple):
 
 
 _OWN = Keeping()
+_MOST_STAGES = 2**16  # whose class is remembered: searches make new ones without end
 
 
 class _Division(NamedTuple):
@@ -122,13 +112,14 @@ class Sizes:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self._canonical: dict[tuple[int, Shards], tuple[Stage, Stage]] = {}
-        self._representatives: dict[tuple, Stage] = {}
+        self._canonical: dict[Shards, dict[int, tuple[Stage, Alike]]] = {}
+        self._representatives: dict[tuple, Alike] = {}
         self._classes: dict[Shards, list[int]] = {}
-        self._parameters: dict[tuple, ParameterBytes] = {}
-        self._partitions: dict[tuple, tuple[tuple[int, int], ...]] = {}  # (elements, bytes or tensors) of each rank
+        self._parameters: dict[tuple[Shards, int], ParameterSums] = {}
+        self._sharded: dict[tuple[Shards, int], ParameterSums] = {}
+        self._partitions: dict[tuple, tuple[tuple[int, int], ...]] = {}  # (elements, tensors) of each rank
         self._activations: dict[tuple, ActivationBytes] = {}
-        self._layers: dict[tuple, tuple[float, float, float, float, float]] = {}  # equal signature: equal layers
+        self._layers: dict[_Division, dict[int, tuple[float, float, float, float, float, float]]] = {}  # by class
         self._blocks_of_layer: dict[int, list[int]] = {}
         for position, block in enumerate(graph.blocks):
             self._blocks_of_layer.setdefault(block.layer, []).append(position)
@@ -161,31 +152,38 @@ class Sizes:
             (graph.parameter_by_name[name], tuple(layers)) for name, layers in readers.items() if len(layers) > 1
         )
 
-    def canonical(self, stage: Stage, shards: Shards) -> Stage:
-        """The first stage that was asked for with layers like these: what costs the same is computed once.
+    def alike(self, stages: Sequence[Stage], shards: Shards) -> list[Alike]:
+        """For each stage its class: the number that all stages with like layers have, and the first of them.
 
         Layers are alike if they compute the same (signature), on parameters of the same shapes, split alike, none of
-        them shared with other layers. The ends of the model are like nothing else.
+        them shared with other layers. The ends of the model are like nothing else. Stages under other `shards` have
+        other numbers.
         """
-        known = self._canonical.get((id(stage), shards))
-        if known is not None and known[0] is stage:
-            return known[1]
-        classes = self._classes_of(shards)
-        last = len(self.graph.layers)
+        known = self._canonical.setdefault(shards, {})
+        found = []
+        for stage in stages:
+            held = known.get(id(stage))
+            if held is None or held[0] is not stage:
+                if len(known) >= _MOST_STAGES:
+                    known.clear()
+                held = known[id(stage)] = (stage, self._find(stage, shards))
+            found.append(held[1])
+        return found
+
+    def _find(self, stage: Stage, shards: Shards) -> Alike:
+        start, stop = stage.start, stage.stop
         key = (
             shards,
-            tuple(classes[stage.start : stage.stop]),
-            tuple(at - stage.start for at in stage.recompute),
-            tuple(at - stage.start for at in stage.recompute_attention),
-            tuple(at - stage.start for at in stage.swap),
-            stage.start == 0,
-            stage.stop == last,
+            tuple(self._classes_of(shards)[start:stop]),
+            tuple(at - start for at in stage.recompute),
+            tuple(at - start for at in stage.recompute_attention),
+            tuple(at - start for at in stage.swap),
+            start == 0,
+            stop == len(self.graph.layers),
             stage.data,
             stage.tensor,
         )
-        found = self._representatives.setdefault(key, stage)
-        self._canonical[id(stage), shards] = (stage, found)
-        return found
+        return self._representatives.setdefault(key, Alike(len(self._representatives), stage))
 
     def _classes_of(self, shards: Shards) -> list[int]:
         found = self._classes.get(shards)
@@ -199,7 +197,8 @@ class Sizes:
                 split = tuple(block in shards.blocks for block in self._blocks_of_layer.get(at, ()))
                 # What has no signature, or shares parameters, is like no other layer.
                 alone = at if not layer.signature or at in tied else -1
-                key = (layer.signature, shapes, split, alone)
+                experts = tuple(one.name in self._experts for one in own)
+                key = (layer.signature, shapes, split, alone, experts)
                 found.append(numbers.setdefault(key, len(numbers)))
         return found
 
@@ -216,55 +215,51 @@ class Sizes:
 
     def parameters(self, start: int, stop: int, shards: Shards, expert: int = 1) -> ParameterBytes:
         """Parameters that layers `start` to `stop` read, each counted once; experts divided over `expert` ranks."""
-        key = (start, stop, shards, expert)
-        found = self._parameters.get(key)
+        return self.parameter_sums(shards, expert).of(start, stop)
+
+    def parameter_sums(self, shards: Shards, expert: int = 1) -> ParameterSums:
+        """What `parameters` answers from."""
+        found = self._parameters.get((shards, expert))
         if found is None:
-            found = self._parameters[key] = self._count(start, stop, shards, expert)
+            found = self._parameters[shards, expert] = self._sums(shards, expert, 1)
         return found
 
-    def _count(self, start: int, stop: int, shards: Shards, expert: int) -> ParameterBytes:
-        elements = size = trainable = trainable_size = tensors = experts = largest = 0
-        for parameter in self.graph.layer_parameters(start, stop).values():
-            local = _product(self.local_shape(parameter, shards))
-            if parameter.name in self._experts:
-                local = -(-local // expert)
-                experts += local if parameter.trainable else 0
-            width = dtype_bytes(parameter.dtype)
-            elements += local
-            size += local * width
-            largest = max(largest, local)
-            if parameter.trainable:
-                trainable += local
-                trainable_size += local * width
-                tensors += 1
-        if stop - start == 1:
-            most_bytes, most_elements = size, elements
-        else:
-            each = [self.parameters(at, at + 1, shards, expert) for at in range(start, stop)]
-            most_bytes = max(one.bytes for one in each)
-            most_elements = max(one.elements for one in each)
-        return ParameterBytes(
-            elements, size, trainable, trainable_size, tensors, most_bytes, most_elements, largest, experts
-        )
+    def _sums(self, shards: Shards, expert: int, ranks: int) -> ParameterSums:
+        """Sums over the layers, of the rank that has most rows of `ranks` (`fully_shard`)."""
+        each: dict[int, ParameterBytes] = {}
+        layers = []
+        for at, number in enumerate(self._classes_of(shards)):
+            if number not in each:
+                own = self.graph.layer_parameters(at, at + 1).values()
+                counted = [self._count(parameter, shards, expert, ranks) for parameter in own]
+                columns = list(zip(*counted, strict=True))
+                largest = max((one.elements for one in counted), default=0)
+                each[number] = ParameterBytes(*map(sum, columns))._replace(largest_tensor_elements=largest)
+            layers.append(each[number])
+        tied = (Tied(readers, self._count(parameter, shards, expert, ranks)) for parameter, readers in self.shared)
+        return ParameterSums(layers, tuple(tied))
 
-    def sharded(self, start: int, stop: int, shards: Shards, ranks: int) -> tuple[int, int]:
-        """(elements, bytes) that the fullest of `ranks` ranks holds under `fully_shard`: rows, rounded up."""
-        key = (start, stop, shards, ranks)
-        found = self._partitions.get(key)
+    def _count(self, parameter: Parameter, shards: Shards, expert: int, ranks: int) -> ParameterBytes:
+        shape = self.local_shape(parameter, shards)
+        local = -(-shape[0] // ranks) * _product(shape[1:]) if shape else 1
+        is_expert = parameter.name in self._experts
+        if is_expert:
+            local = -(-local // expert)
+        size = local * dtype_bytes(parameter.dtype)
+        if not parameter.trainable:
+            return ParameterBytes(local, size)
+        return ParameterBytes(local, size, local, size, 1, expert_elements=local if is_expert else 0)
+
+    def sharded(self, start: int, stop: int, shards: Shards, ranks: int) -> ParameterBytes:
+        """What the fullest of `ranks` ranks holds under `fully_shard`: rows, rounded up."""
+        found = self._sharded.get((shards, ranks))
         if found is None:
-            elements = size = 0
-            for parameter in self.graph.layer_parameters(start, stop).values():
-                shape = self.local_shape(parameter, shards)
-                rows = -(-shape[0] // ranks) if shape else 1
-                part = rows * _product(shape[1:])
-                elements += part
-                size += part * dtype_bytes(parameter.dtype)
-            found = self._partitions[key] = ((elements, size),)
-        return found[0]
+            found = self._sharded[shards, ranks] = self._sums(shards, 1, ranks)
+        return found.of(start, stop)
 
     def zero1(self, start: int, stop: int, shards: Shards, ranks: int) -> tuple[tuple[int, int], ...]:
         """(elements, tensors) that each of `ranks` ranks updates under ZeRO stage 1."""
-        key = (start, stop, shards, -ranks)
+        key = (start, stop, shards, ranks)
         found = self._partitions.get(key)
         if found is None:
             chosen = [one for one in self.graph.layer_parameters(start, stop).values() if one.trainable]
@@ -311,21 +306,26 @@ class Sizes:
         graph = self.graph
         again, cores = set(recompute), set(recompute_attention)
         samples = by.samples
-        left = sum(self.parameters(at, at + 1, by.shards).trainable_bytes for at in range(start, stop))
+        left = sum(self.parameter_sums(by.shards).of_layers("trainable_bytes")[start:stop])
+        classes = self._classes_of(by.shards)
+        known = self._layers.setdefault(by, {})
         kept = peak = peak_with_gradients = largest = loss = 0.0
         fetched = 0.0  # of the layer before that was away: it comes back when this one goes backward
         last_away = max(away, default=-1)
+        crossing = self._outside_share(by)
         for at in range(start, stop):
             is_last = at == len(graph.layers) - 1
-            saved, core, forward_extra, backward_extra, gradients = self._layer(at, by)
+            layer = known.get(classes[at])
+            if layer is None:
+                layer = known[classes[at]] = self._measure(at, by)
+            saved, core, forward_extra, backward_extra, gradients, between = layer
             before = kept
             backward_extra += by.keeping.working
             if at in again:
                 # Only what units begin with stays; the rest comes back while this layer goes backward.
-                between = self._between_units(at, samples)
                 if is_last:
                     between -= _bytes(graph.layers[at].output, samples)
-                kept += between * self._outside_share(by)
+                kept += between * crossing
                 extra = max(forward_extra, saved + backward_extra)
             elif at in cores and by.keeping.products:
                 products = min(saved, self._products(at, by))
@@ -357,7 +357,6 @@ class Sizes:
             peak_with_gradients = max(peak_with_gradients, kept + extra + left)
             left -= gradients
         entry = graph.layers[start].input
-        crossing = self._outside_share(by)
         return ActivationBytes(
             kept=kept,
             peak=max(peak, kept),
@@ -368,16 +367,9 @@ class Sizes:
             loss=loss,
         )
 
-    def _layer(self, at: int, by: _Division) -> tuple[float, float, float, float, float]:
-        """Saved, of that the attention core, most extra forward, most extra backward, and gradients of one layer."""
+    def _measure(self, at: int, by: _Division) -> tuple[float, float, float, float, float, float]:
+        """Of one layer: saved, of that the attention core, most extra in each pass, gradients, and between units."""
         chosen = self._chosen_share(at, by.shards)
-        key = (self.graph.layers[at].signature or at, chosen, by)
-        found = self._layers.get(key)
-        if found is None:
-            found = self._layers[key] = self._measure(at, chosen, by)
-        return found
-
-    def _measure(self, at: int, chosen: float, by: _Division) -> tuple[float, float, float, float, float]:
         layer = self.graph.layers[at]
         samples, shards = by.samples, by.shards
         # `saved_sharded` is for all blocks of the layer together.
@@ -402,6 +394,7 @@ class Sizes:
             layer.forward_peak_extra.at(samples) * scale * share,
             layer.backward_peak_extra.at(samples) * scale * share,
             own.trainable_bytes,
+            self._between_units(at, samples),
         )
 
     def _products(self, at: int, by: _Division) -> float:

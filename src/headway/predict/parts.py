@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["Exchange", "Offload", "Parts", "RankParts", "StageParts"]
+__all__ = ["NO_EXCHANGE", "Exchange", "Offload", "Parts", "RankParts", "StageParts"]
 
 
 class Exchange(NamedTuple):
@@ -24,6 +24,9 @@ class Exchange(NamedTuple):
     exposed_backward: float = 0.0
 
 
+NO_EXCHANGE = Exchange()
+
+
 class StageParts(NamedTuple):
     """One micro-batch in one stage, in seconds, on the slowest of the stage's ranks."""
 
@@ -32,12 +35,12 @@ class StageParts(NamedTuple):
     backward_weight: float  # compute of the parameters' gradients, which may wait (zero-bubble schedules)
     recompute: float = 0.0  # forward compute that is run again in backward: whole layers, or attention cores
     accumulate: float = 0.0  # adding this micro-batch's gradients to the earlier ones'
-    tensor: Exchange = Exchange()  # tensor (and sequence) parallel collectives of the blocks
-    context: Exchange = Exchange()  # keys and values round the context group
-    expert: Exchange = Exchange()  # tokens to their experts and back
-    gather: Exchange = Exchange()  # ZeRO: parameters gathered
-    scatter: Exchange = Exchange()  # ZeRO: gradients reduced and scattered, in backward
-    transfer: Exchange = Exchange()  # parameters and activations from and to another memory tier
+    tensor: Exchange = NO_EXCHANGE  # tensor (and sequence) parallel collectives of the blocks
+    context: Exchange = NO_EXCHANGE  # keys and values round the context group
+    expert: Exchange = NO_EXCHANGE  # tokens to their experts and back
+    gather: Exchange = NO_EXCHANGE  # ZeRO: parameters gathered
+    scatter: Exchange = NO_EXCHANGE  # ZeRO: gradients reduced and scattered, in backward
+    transfer: Exchange = NO_EXCHANGE  # parameters and activations from and to another memory tier
     send: float = 0.0  # the tensor that crosses to the next stage, and its gradient back; 0 for the last stage
 
     @property

@@ -6,11 +6,15 @@ start times from it by the dependencies alone; `closed_form` says nearly the sam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-__all__ = ["WEIGHT", "Cell", "Played", "closed_form", "in_flight", "order_of_rank", "play"]
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+__all__ = ["WEIGHT", "Cell", "Played", "closed_form", "finish_seconds", "in_flight", "order_of_rank", "play"]
 
 # `Cell.backward` of the second half of a backward pass that a schedule splits.
 WEIGHT = 2
@@ -51,6 +55,10 @@ def order_of_rank(schedule: str, rank: int, pipeline: int, virtual_stages: int, 
     so that every rank holds as many micro-batches as the first one does under 1F1B, and the gradients that the stages
     before wait for are made earlier.
     """
+    return _cells_of(schedule, rank, pipeline, virtual_stages, micro_batches)
+
+
+def _cells_of(schedule: str, rank: int, pipeline: int, virtual_stages: int, micro_batches: int) -> tuple[Cell, ...]:
     m, p, v = micro_batches, pipeline, virtual_stages
     if schedule == "interleaved":
         return _interleaved(rank, p, v, m)
@@ -143,56 +151,116 @@ def play(
     gradients of its parameters take, where the schedule splits them off; half if not given. Takes about a microsecond
     for each cell.
     """
-    stages = len(forward_seconds)
-    virtual = stages // pipeline
-    orders = [order_of_rank(schedule, rank, pipeline, virtual, micro_batches) for rank in range(pipeline)]
+    virtual = len(forward_seconds) // pipeline
+    sweep = _sweep(schedule, pipeline, virtual, micro_batches)
     weights = _weights(schedule, backward_seconds, weight_seconds)
-    # By `Cell.backward`.
-    takes = (forward_seconds, [b - w for b, w in zip(backward_seconds, weights, strict=True)], weights)
+    starts, finish = _run(sweep, forward_seconds, backward_seconds, weights, send_seconds)
+    return Played(starts=dict(zip(sweep.cells, starts, strict=True)), finish=finish)
+
+
+def finish_seconds(
+    schedule: str,
+    pipeline: int,
+    micro_batches: int,
+    forward_seconds: Sequence[float],
+    backward_seconds: Sequence[float],
+    send_seconds: Sequence[float],
+    weight_seconds: Sequence[float] | None = None,
+) -> tuple[float, ...]:
+    """`play(...).finish` for short schedules that are asked for again and again: what follows what is kept."""
+    sweep = _kept_sweep(schedule, pipeline, len(forward_seconds) // pipeline, micro_batches)
+    weights = _weights(schedule, backward_seconds, weight_seconds)
+    return _run(sweep, forward_seconds, backward_seconds, weights, send_seconds)[1]
+
+
+class _Sweep(NamedTuple):
+    """The cells of all ranks in an order in which each comes after the one that it needs, column by column.
+
+    `ranks`: of each cell. `takes`: which duration (see `_run`). `needs`: whose end it waits for, as the position behind
+    that cell in the sweep, 0 for none. `sends`: the rank whose send lies between, or `pipeline`: none does.
+    """
+
+    cells: tuple[Cell, ...]
+    ranks: tuple[int, ...]
+    takes: tuple[int, ...]
+    needs: tuple[int, ...]
+    sends: tuple[int, ...]
+
+
+def _sweep(schedule: str, pipeline: int, virtual_stages: int, micro_batches: int) -> _Sweep:
+    orders = [_cells_of(schedule, rank, pipeline, virtual_stages, micro_batches) for rank in range(pipeline)]
+    stages = pipeline * virtual_stages
     last = stages - 1
-    ends: dict[Cell, float] = {}
-    starts: dict[Cell, float] = {}
-    clock = [0.0] * pipeline
+    cells: list[Cell] = []
+    steps: list[tuple[int, int, int, int]] = []
+    behind: dict[Cell, int] = {}
     done = [0] * pipeline
     waiting: dict[Cell, int] = {}
     ready = list(range(pipeline - 1, -1, -1))
     while ready:
         rank = ready.pop()
         order = orders[rank]
-        now = clock[rank]
         at = done[rank]
         while at < len(order):
             cell = order[at]
             stage, index, backward = cell
-            delay = 0.0
+            send = pipeline
             if backward == WEIGHT:
                 needs = None  # its own rank has made the gradient of the input before
             elif backward:
                 needs = Cell(stage, index, False) if stage == last else Cell(stage + 1, index, True)
-                delay = 0.0 if stage == last else send_seconds[stage % pipeline]
+                send = pipeline if stage == last else stage % pipeline
             else:
                 needs = Cell(stage - 1, index, False) if stage else None
-                delay = send_seconds[(stage - 1) % pipeline]
-            if needs is not None:
-                end = ends.get(needs)
-                if end is None:
-                    waiting[needs] = rank
-                    break
-                if pipeline > 1:
-                    end += delay
-                now = max(now, end)
-            starts[cell] = now
-            now += takes[backward][stage]
-            ends[cell] = now
+                send = (stage - 1) % pipeline if stage else pipeline
+            if needs is not None and needs not in behind:
+                waiting[needs] = rank
+                break
+            position = 0 if needs is None else behind[needs]
+            steps.append((rank, backward * stages + stage, position, send if pipeline > 1 else pipeline))
+            cells.append(cell)
+            behind[cell] = len(cells)
             at += 1
             if cell in waiting:
                 other = waiting.pop(cell)
                 if other != rank:
                     ready.append(other)
-        clock[rank] = now
         done[rank] = at
     assert all(at == len(order) for at, order in zip(done, orders, strict=True)), "a schedule that deadlocks"
-    return Played(starts=starts, finish=tuple(clock))
+    return _Sweep(tuple(cells), *zip(*steps, strict=True))
+
+
+@lru_cache(maxsize=128)
+def _kept_sweep(schedule: str, pipeline: int, virtual_stages: int, micro_batches: int) -> _Sweep:
+    """A sweep for its times alone: cells would take most of its memory."""
+    return _sweep(schedule, pipeline, virtual_stages, micro_batches)._replace(cells=())
+
+
+def _run(
+    sweep: _Sweep,
+    forward: Sequence[float],
+    backward: Sequence[float],
+    weights: Sequence[float],
+    send_seconds: Sequence[float],
+) -> tuple[list[float], tuple[float, ...]]:
+    """When each cell of a sweep starts, and when each rank is done."""
+    # By `Cell.backward`, then by stage.
+    takes = [*forward, *(b - w for b, w in zip(backward, weights, strict=True)), *weights]
+    pipeline = len(send_seconds)
+    delays = [*send_seconds, 0.0]
+    clock = [0.0] * pipeline
+    ends = [-math.inf]  # what a cell that needs nothing waits for
+    starts: list[float] = []
+    for rank, taken, needs, send in zip(*sweep[1:], strict=True):
+        now = clock[rank]
+        there = ends[needs] + delays[send]
+        if there > now:
+            now = there
+        starts.append(now)
+        now += takes[taken]
+        ends.append(now)
+        clock[rank] = now
+    return starts, tuple(clock)
 
 
 def _weights(schedule: str, backward_seconds: Sequence[float], given: Sequence[float] | None) -> Sequence[float]:
@@ -245,16 +313,18 @@ def _following(count: int, both: Sequence[float], weights: Sequence[float], send
     slowest round; with them, long rounds are. The slowest round rules, and a shorter one takes the remainder.
     `weights`: the part of `both` that only the first rank of a round does within it.
     """
-    slowest = [0.0] * (len(both) + 1)  # by micro-batches in the round
-    for first in range(len(both)):
-        seconds = weights[first]
-        for last in range(first, len(both)):
-            seconds += both[last] - weights[last]
-            slowest[last - first + 1] = max(slowest[last - first + 1], seconds)
-            seconds += 2 * send_seconds[last]
-    size = max(range(1, len(slowest)), key=lambda at: (slowest[at] / at, -at))
+    count_of_ranks = len(both)
+    # Row i: what a round out of rank i adds up to as it grows, rank by rank; what lies beyond the last rank is -inf.
+    terms = np.full((2 * count_of_ranks, 2), -math.inf)
+    terms[:count_of_ranks, 0] = np.subtract(both, weights)
+    terms[:count_of_ranks, 1] = np.multiply(2, send_seconds)
+    rounds_of = sliding_window_view(terms.ravel(), 2 * count_of_ranks)[: 2 * count_of_ranks : 2]
+    added = np.cumsum(np.column_stack((weights, rounds_of)), axis=1)
+    slowest = np.maximum(added[:, 1::2].max(axis=0), 0.0)  # by micro-batches in the round, less one
+    size = int(np.argmax(slowest / np.arange(1, count_of_ranks + 1))) + 1
     rounds, rest = divmod(count, size)
-    return rounds * slowest[size] + max(slowest[rest], rest * slowest[1])
+    remainder = max(float(slowest[rest - 1]), rest * float(slowest[0])) if rest else 0.0
+    return rounds * float(slowest[size - 1]) + remainder
 
 
 def _zero_bubble(

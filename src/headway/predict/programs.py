@@ -17,10 +17,7 @@ from headway.plan.plan import Plan
 from headway.predict.collective import predict_program
 from headway.predict.communication import Channel, Communication, KnownTimes
 
-__all__ = ["AXES", "ProgramTimes", "Programs", "choices"]
-
-AXES = ("data", "tensor", "context", "expert")
-"""The axes of a plan whose collectives an algorithm can be named for."""
+__all__ = ["ProgramTimes", "Programs", "choices"]
 
 # Programs have a transfer for each pair that speaks: those of larger groups take longer to make than to run.
 _MOST_MEMBERS = 64
@@ -33,17 +30,32 @@ _PER_DECADE = 4
 class ProgramTimes:
     """Seconds of one algorithm in one group, while all groups of its axis are at work.
 
-    `crowding`: how many times slower a group's links are while the others work too.
+    `crowding`: how many times slower a group's links are while the others work too. `fallback`: times of what the
+    algorithm does not do.
     """
 
-    def __init__(self, cluster: Cluster, algorithm: str, devices: tuple[str, ...], crowding: float) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        algorithm: str,
+        devices: tuple[str, ...],
+        crowding: float,
+        fallback: KnownTimes | None = None,
+    ) -> None:
         self.cluster, self.algorithm, self.devices = cluster, algorithm, devices
-        self.crowding = crowding
+        self.crowding, self.fallback = crowding, fallback
         self._programs: dict[str, object] = {}
         self._points: dict[tuple[str, int], float] = {}
 
     def seconds(self, kind: str, size_bytes: float) -> float | None:
-        """Seconds of a collective over `size_bytes` (the whole tensor); None: the algorithm does not do it."""
+        """Seconds of a collective over `size_bytes` (the whole tensor); None: the formula stands."""
+        found = self._own(kind, size_bytes)
+        if found is None and self.fallback is not None:
+            found = self.fallback.seconds(kind, size_bytes)
+        return found
+
+    def _own(self, kind: str, size_bytes: float) -> float | None:
+        """None: the algorithm does not do it."""
         if kind not in ALGORITHMS[self.algorithm].collectives or size_bytes <= 0:
             return None
         place = math.log10(max(size_bytes, 1.0)) * _PER_DECADE
@@ -93,11 +105,13 @@ class Programs:
                 remedy=f"one of: {', '.join(ALGORITHMS)}",
             )
         devices = _group(plan, axis, rank)
-        key = (algorithm, devices, channel.bytes_per_second)
+        key = (algorithm, devices, channel.bytes_per_second, channel.known)
         if key not in self._times:
             alone = self.communication.group(devices).bytes_per_second
             crowding = max(1.0, alone / channel.bytes_per_second) if math.isfinite(alone) else 1.0
-            self._times[key] = ProgramTimes(self.communication.cluster, algorithm, devices, crowding)
+            self._times[key] = ProgramTimes(
+                self.communication.cluster, algorithm, devices, crowding, fallback=channel.known
+            )
         return channel._replace(known=self._times[key])
 
 
@@ -120,7 +134,7 @@ def choices(plan: Plan) -> Iterator[tuple[str, tuple[str, ...]]]:
     """For each axis of a plan that Headway's exchange carries out, the algorithms worth comparing; "": its own choice.
 
     Of an axis whose collectives are all-reduces those that do them, of ZeRO-1 those that reduce to one and broadcast
-    from there, of ZeRO 2 and 3 those that gather and scatter.
+    from there, of ZeRO 2 and 3, and of an optimizer off the device, those that gather and scatter.
     """
     if plan.exchange != "headway" or not plan.is_uniform:
         return
@@ -128,7 +142,9 @@ def choices(plan: Plan) -> Iterator[tuple[str, tuple[str, ...]]]:
     for axis, size in sizes.items():
         if not 1 < size <= _MOST_MEMBERS:
             continue
-        divided = plan.zero_stage >= 2 if axis == "data" else plan.sequence_parallel
+        divided = plan.sequence_parallel
+        if axis == "data":
+            divided = plan.zero_stage >= 2 or plan.optimizer_on != "device"
         able = set(names("all_gather")) & set(names("reduce_scatter")) if divided else set(names("all_reduce"))
         if axis == "data" and plan.zero_stage == 1 and plan.optimizer_on == "device":
             able = set(names("reduce")) & set(names("broadcast"))

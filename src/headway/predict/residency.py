@@ -16,26 +16,20 @@ States are divided over the data x context ranks, experts' over what the expert 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
-
-import msgspec
+from typing import NamedTuple
 
 from headway.hardware.cluster import Cluster
 from headway.plan.plan import Plan, Stage
 from headway.predict.memory import ActivationBytes, Keeping, Sizes
 from headway.predict.operators import Shards
+from headway.predict.outline import Outline, outline_of
 from headway.predict.pipeline import in_flight
 from headway.predict.prediction import Memory
 from headway.predict.splits import Splits
 from headway.predict.tiers import keeps_masters, moments_bytes, rest
-from headway.timeline import Timeline
-from headway.units import format_bytes
 from headway.workload.graph import Workload
 
-if TYPE_CHECKING:
-    from headway.predict.step import Predictor
-
-__all__ = ["Residency", "explain", "memory_over_time"]
+__all__ = ["Residency"]
 
 # What a CUDA context with the kernels of PyTorch takes, which no allocator counts, by generation: 1271 MiB on V100 and
 # 1573 MiB on A100 with CUDA 11 (BigScience, bigscience/train/tr11-176B-ml/chronicles-prequel.md), about 0.5 GiB since
@@ -60,6 +54,8 @@ _FRAGMENTATION = 0.04
 # torch gives cuBLAS this much room on Hopper and later, less before (seen on an H100: the first product took 32 MiB).
 # Of a GPU that was probed; what is fitted for the catalogue's covers it.
 _CUBLAS_BYTES = 32 * 2.0**20
+# The largest piece of gradients that Headway's replicas exchange over gloo (train/row_owners.py).
+_EXCHANGED_BYTES = 2.0**20
 # DeepSpeed's defaults, in elements: reduce_bucket_size, and of ZeRO 3 max_live_parameters and sub_group_size.
 _DEEPSPEED_BUCKET_ELEMENTS = 5e8
 _DEEPSPEED_LIVE_ELEMENTS = 1e9
@@ -99,6 +95,41 @@ class _States(NamedTuple):
     updated: float = 0.0
 
 
+class _HeldStage(NamedTuple):
+    """Activations of one micro-batch in a stage: as a whole, and at the peaks, when what rests elsewhere is away.
+
+    `swapped`: bytes that rest elsewhere; `behind`: bytes of the layers after the last of those; `is_last`: in the
+    model.
+    """
+
+    size: ActivationBytes
+    peak: ActivationBytes
+    swapped: float
+    behind: float
+    is_last: bool
+
+
+class _Holding(NamedTuple):
+    """What a rank holds, whatever is in flight there; `inputs`: bytes of the batch, `communicators`: see there."""
+
+    states: _States
+    stages: tuple[_HeldStage, ...]
+    replicas: int
+    inputs: float
+    communicators: int
+
+
+_Place = tuple[tuple[int, ...], tuple[int, int], int]  # classes of stages, degrees, elements updated
+
+
+class _Known(NamedTuple):
+    """Ranks of plans that are alike but for their stages and devices; `stages`: by class, and by `_States.working`."""
+
+    stages: dict[tuple[int, float], _HeldStage]
+    holdings: dict[_Place, _Holding]
+    ranks: dict[tuple[_Place, tuple[int, ...], str], Memory]
+
+
 class Residency:
     """Memory of plans of one workload on one cluster; what plans share is computed once."""
 
@@ -110,37 +141,58 @@ class Residency:
         self._is_probed = {kind.name: kind.source == "measured" for kind in cluster.accelerators.values()}
         self.splits = splits or Splits(workload.graph)
         self._updated: dict[tuple, tuple[int, ...]] = {}
-        self._ranks: dict[tuple, Memory] = {}
+        # By what holds for a whole plan; then by what differs from rank to rank.
+        self._known: dict[tuple, _Known] = {}
 
-    def memory(self, plan: Plan) -> tuple[Memory, ...]:
-        """Peak memory of each rank under `plan`; ranks that are alike share one value."""
+    def memory(self, plan: Plan, outline: Outline | None = None) -> tuple[Memory, ...]:
+        """Peak memory of each rank under `plan`; ranks that are alike share one value. `outline`: the plan's."""
+        outline = outline or outline_of(plan, self.sizes, self.splits)
+        handed = self._handed_out(plan, outline)
         found: list[Memory] = []
-        for rank in range(plan.pipeline):
-            data, tensor = plan.degrees(rank)
-            if plan.zero_stage == 1 and data * plan.context > 1 and self.workload.recipe.framework == "headway":
-                # Whole tensors are handed out: ranks differ.
-                updated = self._updated_by(plan, rank, data * plan.context, tensor)
-                made = {elements: self._rank(plan, rank, elements) for elements in set(updated)}
-                for elements in updated:
-                    found.extend((made[elements],) * tensor)
-            else:
-                found.extend((self._rank(plan, rank),) * plan.width(rank))
+        if not handed:
+            for rank, memory in enumerate(self._one_each(plan, outline, (-1,) * plan.pipeline)):
+                found.extend((memory,) * plan.width(rank))
+            return tuple(found)
+        for rank, updated in enumerate(handed):
+            made = {elements: self._one_each(plan, outline, (elements,), rank)[0] for elements in set(updated)}
+            for elements in updated:
+                found.extend((made[elements],) * plan.degrees(rank)[1])
         return tuple(found)
 
-    def peaks(self, plan: Plan) -> tuple[Memory, ...]:
+    def peaks(self, plan: Plan, outline: Outline | None = None) -> tuple[Memory, ...]:
         """Memory of the fullest rank of each pipeline rank: what a search asks, however many ranks there are."""
-        found = []
-        for rank in range(plan.pipeline):
-            data, tensor = plan.degrees(rank)
-            most = -1
-            if plan.zero_stage == 1 and data * plan.context > 1 and self.workload.recipe.framework == "headway":
-                most = max(self._updated_by(plan, rank, data * plan.context, tensor))
-            found.append(self._rank(plan, rank, most))
-        return tuple(found)
+        outline = outline or outline_of(plan, self.sizes, self.splits)
+        handed = self._handed_out(plan, outline)
+        most = [max(updated) for updated in handed] if handed else (-1,) * plan.pipeline
+        return tuple(self._one_each(plan, outline, most))
 
-    def _updated_by(self, plan: Plan, rank: int, replicas: int, tensor: int) -> tuple[int, ...]:
+    def peaks_of(self, plan: Plan, memory: tuple[Memory, ...]) -> tuple[Memory, ...]:
+        """`peaks`, where the `memory` of each rank is at hand."""
+        if plan.zero_stage == 1 and plan.optimizer_on == "device" and self.workload.recipe.framework == "headway":
+            return self.peaks(plan)
+        return tuple([memory[plan.first_rank(rank)] for rank in range(plan.pipeline)])
+
+    def _handed_out(self, plan: Plan, outline: Outline) -> list[tuple[int, ...]]:
+        """Under Headway's ZeRO-1, which hands out whole tensors, what each replica updates (`_updated_by`)."""
+        if plan.zero_stage != 1 or plan.optimizer_on != "device" or self.workload.recipe.framework != "headway":
+            return []
+        return [
+            self._updated_by(plan, rank, outline.shards[rank], plan.degrees(rank)[0] * plan.context)
+            for rank in range(plan.pipeline)
+        ]
+
+    def _known_of(self, plan: Plan) -> _Known:
+        key = (plan.data, plan.tensor, plan.pipeline, plan.micro_batch, plan.global_batch, plan.context, plan.expert,
+               plan.zero_stage, plan.sequence_parallel, plan.precision, plan.schedule, plan.parameters_on,
+               plan.optimizer_on, plan.activations_on, plan.optimizer_kept, plan.moments, plan.delayed_update,
+               plan.bucket_bytes if plan.optimizer_on != "device" else 0, plan.shares)  # fmt: skip
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = _Known({}, {}, {})
+        return found
+
+    def _updated_by(self, plan: Plan, rank: int, shards: Shards, replicas: int) -> tuple[int, ...]:
         """Elements that each of the replicas of a pipeline rank updates under ZeRO-1."""
-        shards = self.shards_of(plan, rank)
         held = tuple((plan.stages[at].start, plan.stages[at].stop) for at in plan.stages_of(rank))
         key = (held, shards, replicas)
         found = self._updated.get(key)
@@ -159,7 +211,8 @@ class Residency:
         """Of the fullest rank that holds these stages; `updated`: elements it updates, -1 where that follows."""
         held = self._held(plan, stages, shards)
         share = 1.0
-        if plan.zero_stage and replicas > 1:
+        in_rows = plan.optimizer_on != "device" and self.workload.recipe.framework == "headway"
+        if (plan.zero_stage or in_rows) and replicas > 1:
             # Experts are replicated only over what the expert group leaves.
             dense = held.trainable - held.experts
             share = (dense + held.experts * plan.expert) / replicas / max(held.trainable, 1.0)
@@ -233,8 +286,9 @@ class Residency:
         if self.workload.recipe.framework == "headway":
             if plan.expert == 1:
                 pieces = [self.sizes.sharded(stage.start, stage.stop, shards, replicas) for stage in stages]
-                mine = float(sum(piece[0] for piece in pieces))
-                parameters = gradients = float(sum(piece[1] for piece in pieces))
+                mine = float(sum(piece.trainable_elements for piece in pieces))
+                parameters = float(sum(piece.bytes for piece in pieces))
+                gradients = float(sum(piece.trainable_bytes for piece in pieces))
             # The layer at work and the next one, fetched early, and one layer's gradients on their way.
             gathered, working, beside = min(2 * held.largest, held.computed), 0.0, held.largest
         else:
@@ -310,23 +364,22 @@ class Residency:
 
     # -- one rank
 
-    def _rank(self, plan: Plan, rank: int, updated: int = -1) -> Memory:
-        """Peak of a rank of pipeline rank `rank`; `updated`: elements it updates, -1 where that follows."""
-        data, tensor = plan.degrees(rank)
-        shards = self.shards_of(plan, rank)
-        held = tuple(self.sizes.canonical(plan.stages[position], shards) for position in plan.stages_of(rank))
-        m = plan.micro_batches
-        flights = self.flights(plan, rank)
-        kind = self._kind_of[plan.devices[plan.first_rank(rank)]]
-        samples = plan.samples_of(rank)
-        key = (held, data, tensor, m, flights, kind, samples, updated, plan.context, plan.expert, plan.zero_stage,
-               plan.sequence_parallel, plan.precision, plan.schedule, plan.pipeline, plan.global_batch,
-               plan.parameters_on, plan.optimizer_on, plan.activations_on, plan.optimizer_kept, plan.moments,
-               plan.delayed_update, plan.bucket_bytes if plan.optimizer_on != "device" else 0, plan.shares,
-               shards)  # fmt: skip
-        found = self._ranks.get(key)
-        if found is None:
-            found = self._ranks[key] = self._compose(plan, rank, held, flights, kind, samples, updated)
+    def _one_each(self, plan: Plan, outline: Outline, updated: Sequence[int], first: int = 0) -> list[Memory]:
+        """Peak of one rank of each pipeline rank from `first` on; `updated`: elements it updates, -1: that follows."""
+        known = self._known_of(plan)
+        found = []
+        for rank, elements in enumerate(updated, first):
+            flights = self.flights(plan, rank)
+            kind = self._kind_of[plan.devices[plan.first_rank(rank)]]
+            place = (outline.held[rank], plan.degrees(rank), elements)
+            key = (place, flights, kind)
+            memory = known.ranks.get(key)
+            if memory is None:
+                holding = known.holdings.get(place)
+                if holding is None:
+                    holding = known.holdings[place] = self._hold(plan, outline, known, rank, elements)
+                memory = known.ranks[key] = self._compose(plan, holding, flights, kind)
+            found.append(memory)
         return found
 
     def flights(self, plan: Plan, rank: int) -> tuple[int, ...]:
@@ -335,36 +388,57 @@ class Residency:
             return (1,)
         return in_flight(plan.schedule, rank, plan.pipeline, plan.virtual_stages, plan.micro_batches)
 
-    def _compose(
-        self, plan: Plan, rank: int, held: tuple[Stage, ...], flights: tuple[int, ...], kind: str, samples: float,
-        updated: int,
-    ) -> Memory:  # fmt: skip
-        graph, recipe = self.workload.graph, self.workload.recipe
-        data, _ = plan.degrees(rank)
-        replicas = data * plan.context
-        shards = self.shards_of(plan, rank)
+    def _hold(self, plan: Plan, outline: Outline, known: _Known, rank: int, updated: int) -> _Holding:
+        """What a rank holds, whatever is in flight there; `updated`: elements that it updates, -1 if that follows."""
+        shards, samples = outline.shards[rank], outline.samples[rank]
+        held = [outline.stages[at] for at in plan.stages_of(rank)]
+        replicas = plan.degrees(rank)[0] * plan.context
+        states = self._states(plan, [alike.stage for alike in held], shards, replicas, updated)
+        stages = []
+        for number, stage in held:
+            # Stages of other degrees are of another class.
+            found = known.stages.get((number, states.working))
+            if found is None:
+                found = self._hold_stage(plan, stage, samples, shards, states.working)
+                known.stages[number, states.working] = found
+            stages.append(found)
+        # Every rank holds its replica's share of the batch; Megatron's read one micro-batch after the other.
+        batch = plan.micro_batch * plan.micro_batches if plan.shares else plan.global_batch // plan.data
+        if self.workload.recipe.framework in ("megatron", "megatron-deepspeed"):
+            batch = plan.micro_batch
+        inputs = sum(one.bytes(batch) for one in self.workload.graph.inputs) / plan.context
+        return _Holding(states, tuple(stages), replicas, inputs, self._communicators(plan, rank))
+
+    def _hold_stage(self, plan: Plan, stage: Stage, samples: float, shards: Shards, working: float) -> _HeldStage:
+        size = self.activations(plan, stage, samples, shards, working)
+        swapped = self._swapped(plan, stage, samples, shards, size)
+        behind, peak = 0.0, size
+        if plan.pipeline > 1:
+            behind = self._after_swapped(plan, stage, samples, shards)
+        elif away := plan.swapped_layers(stage):
+            # What comes back while layers go backward is part of the peaks, layer by layer.
+            peak = self.activations(plan, stage, samples, shards, working, away)
+        return _HeldStage(size, peak, swapped, behind, stage.stop == len(self.workload.graph.layers))
+
+    def _compose(self, plan: Plan, holding: _Holding, flights: tuple[int, ...], kind: str) -> Memory:
+        recipe, replicas = self.workload.recipe, holding.replicas
         piped = plan.pipeline > 1
         m = plan.micro_batches
-        states = self._states(plan, held, shards, replicas, updated)
+        states = holding.states
         gradients, communication = states.gradients, states.communication
         kept = most_kept = loss = away = behind = 0.0
         extra = 0.0
         extra_with_gradients = 0.0
-        for stage, flight in zip(held, flights, strict=True):
-            size = self.activations(plan, stage, samples, shards, states.working)
+        for (size, peak, swapped, after, last), flight in zip(holding.stages, flights, strict=True):
             loss += size.loss
-            away += flight * self._swapped(plan, stage, samples, shards, size)
+            away += flight * swapped
             if piped:
                 most_kept = max(most_kept, size.largest_kept)
-                behind += flight * self._after_swapped(plan, stage, samples, shards)
-            elif swapped := plan.swapped_layers(stage):
-                # What comes back while layers go backward is part of the peaks, layer by layer.
-                size = self.activations(plan, stage, samples, shards, states.working, swapped)
-            kept += size.kept * flight
-            extra = max(extra, size.peak - size.kept)
-            extra_with_gradients = max(extra_with_gradients, size.peak_with_gradients - size.kept)
+                behind += flight * after
+            kept += peak.kept * flight
+            extra = max(extra, peak.peak - peak.kept)
+            extra_with_gradients = max(extra_with_gradients, peak.peak_with_gradients - peak.kept)
             if piped:
-                last = stage.stop == len(graph.layers)
                 if recipe.framework in ("megatron", "megatron-deepspeed"):
                     # The input of each micro-batch in flight, and the gradient that arrives and the one that leaves.
                     communication += size.input * (flight + 1) + (0.0 if last else size.output)
@@ -373,14 +447,10 @@ class Residency:
                 else:
                     # torch.distributed.pipelining receives every micro-batch into a buffer of its own, both ways.
                     communication += m * (size.input + (0.0 if last else size.output))
-        # Every rank holds its replica's share of the batch; Megatron's read one micro-batch after the other.
-        batch = plan.micro_batch * m if plan.shares else plan.global_batch // plan.data
-        if recipe.framework in ("megatron", "megatron-deepspeed"):
-            batch = plan.micro_batch
-        kept += sum(one.bytes(batch) for one in graph.inputs) / plan.context
+        kept += holding.inputs
         parameters, optimizer, update = states.parameters, states.optimizer, states.update
         resting = None
-        if not plan.parameters_on == plan.optimizer_on == plan.activations_on == "device":
+        if plan.tiers:
             away = min(away, kept - loss) if piped else away
             on_cpu = self._is_cpu[kind] and recipe.framework == "headway"
             resting = rest(
@@ -390,8 +460,8 @@ class Residency:
                 if recipe.framework == "headway"
                 else recipe.master_bytes,
                 moments=moments_bytes(self.workload.optimizer.state_bytes_per_element, plan.moments),
-                # Where the device is the host, there is nowhere to stream them to.
-                streams_gradients=recipe.framework == "headway" and not on_cpu,
+                # Where the device is the host, there is nowhere to stream them to; DDP's buckets stay.
+                streams_gradients=recipe.framework == "headway" and not on_cpu and _is_hooked(plan, replicas),
                 slices=replicas if plan.zero_stage < 3 else 1,
             )  # fmt: skip
             parameters, gradients, optimizer = resting.parameters, resting.gradients, resting.optimizer
@@ -413,6 +483,10 @@ class Residency:
             # Each is gone before the next is made, but for those of the elements kept, and of one layer.
             gradients = 0.0
             together = kept + extra
+        if plan.optimizer_on != "device" and recipe.framework == "headway" and replicas > 1 and plan.zero_stage < 2:
+            # Two pieces of gradients on their way to who updates their rows, there and back (train/row_owners.py).
+            limit = _EXCHANGED_BYTES if self._is_cpu[kind] else float(plan.bucket_bytes)
+            update = max(update, 2.0 * min(limit, gradients) * (2.0 if self._is_cpu[kind] else 1.0 + 1.0 / replicas))
         together = max(together, gradients + update)
         # What gave way to gradients before the peak is not counted twice.
         activations = min(kept, together - gradients)
@@ -420,7 +494,7 @@ class Residency:
         outside = 0.0
         if not self._is_cpu[kind]:
             generation = _CONTEXT_BYTES.get(kind.split("-")[0], 0.0)
-            outside = generation + (_COMMUNICATOR_BYTES * self._communicators(plan, rank) if generation else 0.0)
+            outside = generation + (_COMMUNICATOR_BYTES * holding.communicators if generation else 0.0)
             workspace += _CUBLAS_BYTES if self._is_probed[kind] else 0.0
         if outside:
             allocated = parameters + gradients + optimizer + activations + communication + workspace
@@ -439,9 +513,8 @@ class Residency:
 
     def _updates_at_once(self, plan: Plan, replicas: int) -> bool:
         """Whether Headway's runtime updates off the device as soon as backward has made a gradient."""
-        hooked = plan.pipeline == 1 and (replicas == 1 or plan.zero_stage >= 2)
         off = plan.optimizer_on != "device" and self.workload.recipe.framework == "headway"
-        return off and hooked and plan.micro_batches == 1 and not plan.delayed_update
+        return off and _is_hooked(plan, replicas) and plan.micro_batches == 1 and not plan.delayed_update
 
     def _swapped(self, plan: Plan, stage: Stage, samples: float, shards: Shards, size: ActivationBytes) -> float:
         """Bytes of one micro-batch's activations that rest elsewhere between forward and backward."""
@@ -505,91 +578,6 @@ class Residency:
         return (plan.world_size > 1) + axes + (2 if plan.pipeline > 1 else 0)
 
 
-# -- over time, and in words ------------------------------------------------------------------------------------------
-
-
-def memory_over_time(
-    predictor: Predictor, plan: Plan, pipeline_rank: int, timeline: Timeline | None = None
-) -> list[tuple[float, Memory]]:
-    """Bytes by kind on the fullest device of a pipeline rank along one step: (seconds, what holds from then on).
-
-    `timeline` says when micro-batches go forward and backward (a predicted or a simulated one, of this plan); without,
-    the predicted one. A micro-batch's activations come when it goes forward and leave when it has gone backward. The
-    largest total is the predicted peak if as many micro-batches are there as the schedule holds at most.
-    """
-    residency = predictor.residency
-    timeline = timeline or predictor.timeline(plan)
-    first = plan.first_rank(pipeline_rank)
-    ranks = range(first, first + plan.width(pipeline_rank))
-    memory = residency.memory(plan)
-    fullest = max(ranks, key=lambda rank: memory[rank].total_bytes)
-    peak = memory[fullest]
-    shards, samples = residency.shards_of(plan, pipeline_rank), plan.samples_of(pipeline_rank)
-    held = plan.stages_of(pipeline_rank)
-    kept = {at: residency.activations(plan, plan.stages[at], samples, shards).kept for at in held}
-    most = sum(kept[at] * flight for at, flight in zip(held, residency.flights(plan, pipeline_rank), strict=True))
-    # Offloading and gradients that take the place of activations leave less than what is kept; inputs stay throughout.
-    scale = min(1.0, peak.activations_bytes / most) if most else 0.0
-    resting = peak.activations_bytes - most * scale
-    lane = f"rank {fullest}/compute"
-    events: list[tuple[float, int, float, int]] = []  # (seconds, order, activations, at work)
-    for span in timeline.spans:
-        if span.lane != lane or span.kind not in ("forward", "backward", "optimizer"):
-            continue
-        comes = goes = 0.0
-        if span.kind == "forward":
-            comes = kept[int(span.detail["stage"])] * scale
-        elif span.kind == "backward":
-            goes = -kept[int(span.detail["stage"])] * scale
-        end = span.start_seconds + span.duration_seconds
-        events.append((span.start_seconds, 1, comes, 1))
-        events.append((end, 0, goes, -1))
-    idle = msgspec.structs.replace(peak, activations_bytes=resting, workspace_bytes=0.0)
-    points: list[tuple[float, Memory]] = [(0.0, idle)]
-    activations, working = 0.0, 0
-    for seconds, _, change, work in sorted(events):
-        activations += change
-        working += work
-        now = msgspec.structs.replace(
-            peak,
-            activations_bytes=resting + max(0.0, activations),
-            workspace_bytes=peak.workspace_bytes if working else 0.0,
-        )
-        if points[-1][0] == seconds:
-            points[-1] = (seconds, now)
-        else:
-            points.append((seconds, now))
-    return points
-
-
-_KINDS = {
-    "parameters_bytes": "parameters",
-    "gradients_bytes": "gradients",
-    "optimizer_bytes": "optimizer states",
-    "activations_bytes": "activations",
-    "communication_bytes": "communication buffers",
-    "workspace_bytes": "temporaries and what the allocator cannot use",
-    "outside_bytes": "CUDA context and NCCL",
-}
-
-
-def explain(predictor: Predictor, plan: Plan, pipeline_rank: int = -1) -> str:
-    """What takes most on the fullest device (of a pipeline rank, or with -1 of all), in one or two sentences."""
-    residency = predictor.residency
-    memory = residency.memory(plan)
-    ranks = range(plan.world_size)
-    if pipeline_rank >= 0:
-        first = plan.first_rank(pipeline_rank)
-        ranks = range(first, first + plan.width(pipeline_rank))
-    rank = max(ranks, key=lambda at: memory[at].total_bytes)
-    peak = memory[rank]
-    parts = sorted(((getattr(peak, field), name) for field, name in _KINDS.items()), reverse=True)
-    total = max(peak.total_bytes, 1.0)
-    listed = ", ".join(f"{name} {format_bytes(size)}" for size, name in parts[1:3] if size > 0.01 * total)
-    text = f"Rank {rank} holds {format_bytes(peak.total_bytes)}: {parts[0][1]} take most, {format_bytes(parts[0][0])}"
-    text += f" ({parts[0][0] / total:.0%})" + (f", then {listed}." if listed else ".")
-    if parts[0][1] == "activations" and plan.pipeline > 1:
-        pipeline = plan.coordinates(rank)[0]
-        flights = residency.flights(plan, pipeline)
-        text += f" It is on pipeline rank {pipeline} and keeps {sum(flights)} micro-batches in flight."
-    return text
+def _is_hooked(plan: Plan, replicas: int) -> bool:
+    """Whether in Headway's runtime a gradient is complete as soon as autograd has made it, so that it can leave."""
+    return plan.pipeline == 1 and (replicas == 1 or plan.zero_stage >= 2)

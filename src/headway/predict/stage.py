@@ -8,6 +8,7 @@ what compute cannot hide shows, and what it does hide slows it down (`Efficiency
 from __future__ import annotations
 
 from collections import Counter
+from itertools import accumulate
 from typing import NamedTuple
 
 from headway.hardware.cluster import Accelerator, Cluster
@@ -16,42 +17,21 @@ from headway.predict import communication as comm
 from headway.predict.communication import Channel, Communication
 from headway.predict.efficiency import DEEPSPEED_GATHER, PLAIN_HOST, Efficiency, efficiency_of
 from headway.predict.latency import Latency
+from headway.predict.layout import Channels, Layouts
 from headway.predict.measured import MeasuredTimes
-from headway.predict.memory import ParameterBytes, Sizes
+from headway.predict.memory import Alike, ParameterBytes, Sizes
 from headway.predict.operators import Shards, elements_of
-from headway.predict.parts import Exchange, StageParts
+from headway.predict.outline import Outline
+from headway.predict.parts import NO_EXCHANGE, Exchange, StageParts
 from headway.predict.profile import Profile
-from headway.predict.programs import Programs
 from headway.predict.splits import Splits
 from headway.predict.tiers import TierRates, wire_bytes
 from headway.workload.graph import TensorKind, Workload, dtype_bytes
 
-__all__ = ["Channels", "LayerTimes", "Layout", "StageTimes", "hidden_behind", "repeated"]
+__all__ = ["LayerTimes", "StageTimes", "TimedStage", "hidden_behind", "repeated"]
 
 # FSDP gathers in the dtype that computes; nothing is sent in 4 bits.
 _WIRE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8": 1.0, "float4": 1.0}
-
-
-class Channels(NamedTuple):
-    """What the groups of one pipeline rank have to communicate with. `replicas`: data x context."""
-
-    tensor: Channel
-    replicas: Channel
-    context: Channel
-    expert: Channel
-    expert_replicas: Channel
-
-
-class Layout(NamedTuple):
-    """Where a plan's ranks are: the kinds of device and the channels of each pipeline rank, and between them.
-
-    `along[r]`: from pipeline rank r to the next. `world`: of all ranks together.
-    """
-
-    kinds: tuple[tuple[Accelerator, ...], ...]
-    channels: tuple[Channels, ...]
-    along: tuple[Channel, ...]
-    world: Channel
 
 
 class LayerTimes(NamedTuple):
@@ -65,13 +45,28 @@ class LayerTimes(NamedTuple):
     host_backward: list[float]
 
 
+class TimedStage(NamedTuple):
+    """One micro-batch in one stage, and what is asked of it again and again: seconds (see `StageParts`)."""
+
+    parts: StageParts
+    forward: float  # `parts.forward_seconds`
+    backward: float  # `parts.backward_seconds`
+    compute: float  # forward and backward, exchanges excluded
+
+
 class _Sending(NamedTuple):
-    """Collectives of one micro-batch in one stage: (bytes, count) of each kind, forward and backward."""
+    """Collectives of the blocks of one micro-batch in one stage: (bytes, count) of each kind, forward and backward."""
 
     reduces: tuple[tuple[float, int], ...]
     reduces_back: tuple[tuple[float, int], ...]
-    keys_values: float
-    dispatched: tuple[float, ...]
+
+
+class _BlockCounts(NamedTuple):
+    """How many blocks, in all layers before each position, return a tensor of this kind, or are given one."""
+
+    kind: TensorKind
+    returned: list[int]
+    given: list[int]
 
 
 class _Work(NamedTuple):
@@ -104,137 +99,30 @@ class StageTimes:
         self.profile = profile
         self.sizes = sizes
         self.communication = communication
-        self.programs = Programs(communication)
+        self.layouts = Layouts(workload, cluster, communication)
         self.measured = measured
         self.splits = splits or Splits(workload.graph)
         self.tiers = TierRates(cluster)
-        self._position = {device.name: position for position, device in enumerate(cluster.devices)}
         self._latencies: dict[tuple[str, bool], Latency] = {}
+        self._efficiencies: dict[str, Efficiency | None] = {}
         self._times: dict[tuple, LayerTimes] = {}
         self._work: dict[tuple, _Work] = {}
+        self._blocks: dict[frozenset[int], list[_BlockCounts]] = {}
         self._sending: dict[tuple, _Sending] = {}
-        self._parts: dict[tuple, StageParts] = {}
-        self._layouts: dict[tuple, Layout] = {}
+        # By what holds for a whole plan; then by class of stage and row.
+        self._timed: dict[tuple, dict[tuple[int, int], TimedStage]] = {}
 
     def forget(self) -> None:
         """Drop every time, and keep what is known of channels and sizes: the constants have changed."""
-        for known in (self._latencies, self._times, self._work, self._parts):
+        for known in (self._latencies, self._efficiencies, self._times, self._work, self._timed):
             known.clear()
-        for key, layout in self._layouts.items():
-            kinds = tuple(tuple(self.cluster.accelerators[kind.name] for kind in kinds) for kinds in layout.kinds)
-            self._layouts[key] = layout._replace(kinds=kinds)
+        self.layouts.forget()
 
     # -------------------------------------------------------------------------------------------------- who is there
 
     def shards_of(self, plan: Plan, rank: int = 0) -> Shards:
         """How tensor parallelism divides the model on a pipeline rank (`Splits.of`)."""
         return self.splits.of(plan, rank)
-
-    def layout_of(self, plan: Plan) -> Layout:
-        """The devices and links of a plan."""
-        degrees = None if plan.is_uniform else tuple(plan.degrees(rank) for rank in range(plan.pipeline))
-        key: tuple = (plan.devices, plan.pipeline, plan.data, plan.tensor, plan.context, plan.expert, degrees)
-        named = bool(plan.collectives) and plan.exchange == "headway"  # no other exchange carries them out
-        if named:
-            key = (*key, *sorted(plan.collectives.items()))
-        found = self._layouts.get(key)
-        if found is None:
-            channels = self._channels_of(plan)
-            if named:
-                channels = tuple(self._by_programs(plan, rank, row) for rank, row in enumerate(channels))
-            world = self.communication.group(plan.devices)
-            found = self._layouts[key] = Layout(self.kinds_of(plan), channels, self._along(plan), world)
-        return found
-
-    def kinds_of(self, plan: Plan) -> tuple[tuple[Accelerator, ...], ...]:
-        """The kinds of device of each pipeline rank."""
-        names = [self.cluster.devices[self._position[name]].accelerator for name in plan.devices]
-        spans = ((plan.first_rank(rank), plan.width(rank)) for rank in range(plan.pipeline))
-        return tuple(
-            tuple(self.cluster.accelerators[kind] for kind in dict.fromkeys(names[start : start + width]))
-            for start, width in spans
-        )
-
-    def channels_of(self, plan: Plan) -> tuple[Channels, ...]:
-        """The channels of each pipeline rank."""
-        return self.layout_of(plan).channels
-
-    def _by_programs(self, plan: Plan, rank: int, row: Channels) -> Channels:
-        """The channels of a pipeline rank under the algorithms that the plan names."""
-        return row._replace(
-            tensor=self.programs.channel(plan, "tensor", rank, row.tensor),
-            replicas=self.programs.channel(plan, "data", rank, row.replicas),
-            context=self.programs.channel(plan, "context", rank, row.context),
-            expert=self.programs.channel(plan, "expert", rank, row.expert),
-        )
-
-    def _channels_of(self, plan: Plan) -> tuple[Channels, ...]:
-        axes = ("tensor", "data", "context", "expert", "expert_data")
-        parallel = {"context": plan.context, "expert": plan.expert}
-        if plan.is_uniform:
-            shape = (plan.devices, plan.pipeline, plan.data, plan.tensor)
-            columns = [self.communication.channels(*shape, axis, **parallel) for axis in axes]
-            return tuple(Channels(*row) for row in zip(*columns, strict=True))
-        rows = []
-        for rank in range(plan.pipeline):
-            start, width = plan.first_rank(rank), plan.width(rank)
-            shape = (plan.devices[start : start + width], 1, *plan.degrees(rank))
-            rows.append(Channels(*(self.communication.channels(*shape, axis, **parallel)[0] for axis in axes)))
-        return tuple(rows)
-
-    def _along(self, plan: Plan) -> tuple[Channel, ...]:
-        if plan.pipeline == 1:
-            return ()
-        if plan.is_uniform:
-            shape = (plan.devices, plan.pipeline, plan.data, plan.tensor)
-            return self.communication.channels(*shape, "pipeline", context=plan.context)
-        return tuple(self.crossing_of(plan, rank) for rank in range(plan.pipeline))
-
-    def sends_of(self, plan: Plan, along: tuple[Channel, ...]) -> tuple[float, ...]:
-        """For each pipeline rank seconds to hand one micro-batch on to the next (the last: back to the first)."""
-        p = plan.pipeline
-        sends = [0.0] * p
-        if p == 1:
-            return tuple(sends)
-        for position in range(len(plan.stages) - 1):
-            rank, following = position % p, (position + 1) % p
-            kind = self.graph.layers[plan.stages[position].stop - 1].output
-            if plan.is_uniform:
-                size = self._crossing_bytes(kind, plan.micro_batch, plan) / plan.context
-                if plan.sequence_parallel or self.recipe.framework.startswith("megatron"):
-                    # Each tensor-parallel rank sends its part; the receivers gather them over their own links.
-                    size /= plan.tensor
-                seconds = comm.send_seconds(size, along[rank])
-            else:
-                seconds = self._reshard_seconds(plan, kind, rank, following)
-            sends[rank] = max(sends[rank], seconds)
-        return tuple(sends)
-
-    def _crossing_bytes(self, kind: TensorKind, samples: float, plan: Plan) -> float:
-        element = dtype_bytes(kind.dtype)
-        if self.recipe.framework != "headway" and plan.precision != "float32" and kind.dtype == "float32":
-            element = 2  # frameworks that keep parameters in 16 bits send 16 bits
-        return elements_of(kind, samples) * element
-
-    def _reshard_seconds(self, plan: Plan, kind: TensorKind, rank: int, following: int) -> float:
-        """A micro-batch of all replicas, from one division of its samples to another."""
-        channel = self.crossing_of(plan, rank)
-        # As many messages as the wider side has ranks; what one of its ranks sends or receives is its samples.
-        data = max(plan.degrees(rank)[0], plan.degrees(following)[0])
-        size = self._crossing_bytes(kind, plan.micro_batch * plan.data / data, plan) / plan.context
-        seconds = comm.send_seconds(size, channel)
-        if plan.degrees(rank)[1] != plan.degrees(following)[1]:
-            tensor = self.channels_of(plan)[following].tensor
-            seconds += comm.all_gather_seconds(size, tensor)
-        return seconds
-
-    def crossing_of(self, plan: Plan, rank: int) -> Channel:
-        """The channel from a pipeline rank to the next, whatever their widths."""
-        one, two = (
-            plan.devices[plan.first_rank(at) : plan.first_rank(at) + plan.width(at)]
-            for at in (rank, (rank + 1) % plan.pipeline)
-        )
-        return self.communication.crossing(one, two)
 
     def latency(self, kind: Accelerator, crowded: bool) -> Latency:
         """Times of operators on one kind of device."""
@@ -250,7 +138,9 @@ class StageTimes:
 
     def efficiency(self, kind: Accelerator) -> Efficiency | None:
         """The constants of a catalogued GPU; None on a machine that was probed, whose figures were measured."""
-        return None if self.cluster.fingerprint else efficiency_of(kind)
+        if kind.name not in self._efficiencies:
+            self._efficiencies[kind.name] = None if self.cluster.fingerprint else efficiency_of(kind)
+        return self._efficiencies[kind.name]
 
     def slowdown(self, kind: Accelerator) -> float:
         """Seconds that compute loses for each second of communication beside it."""
@@ -270,33 +160,27 @@ class StageTimes:
         key = (kind.name, crowded, samples, shards, precision)
         found = self._times.get(key)
         if found is None:
-            latency = self.latency(kind, crowded)
-            found = LayerTimes([0.0], [0.0], [0.0], [0.0], [0.0], [0.0])
-            for position in range(len(self.graph.layers)):
-                for column, seconds in zip(found, latency.layer_time(position, samples, shards, precision)):
-                    column.append(column[-1] + seconds)
-            self._times[key] = found
+            columns = self.latency(kind, crowded).layer_times(samples, shards, precision)
+            found = self._times[key] = LayerTimes(*(list(accumulate(column, initial=0.0)) for column in columns))
         return found
 
     def _work_of(
         self,
-        stage: Stage,
+        alike: Alike,
         kinds: tuple[Accelerator, ...],
         crowded: bool,
         samples: float,
         shards: Shards,
         precision: str,
     ) -> _Work:
-        key = (stage.start, stage.stop, stage.recompute, stage.recompute_attention,
-               tuple(kind.name for kind in kinds), crowded, samples, shards, precision)  # fmt: skip
+        key = (alike.number, tuple(kind.name for kind in kinds), crowded, samples, precision)
         found = self._work.get(key)
         if found is None:
             # Replicas and tensor-parallel ranks wait for each other: the slowest kind of device rules.
-            found = max(
-                (self._work_on(kind, stage, crowded, samples, shards, precision) for kind in kinds),
+            found = self._work[key] = max(
+                (self._work_on(kind, alike.stage, crowded, samples, shards, precision) for kind in kinds),
                 key=lambda work: work.forward + work.backward + work.recompute,
             )
-            self._work[key] = found
         return found
 
     def _work_on(
@@ -304,46 +188,53 @@ class StageTimes:
     ) -> _Work:
         times = self.layer_times(kind, crowded, samples, shards, precision)
 
-        def within(column: list[float], layers=((stage.start, stage.stop),)) -> float:
-            return sum(column[stop] - column[start] for start, stop in layers)
+        def within(column: list[float]) -> float:
+            return column[stage.stop] - column[stage.start]
 
-        again = [(at, at + 1) for at in stage.recompute]
-        attention = [(at, at + 1) for at in stage.recompute_attention]
+        def of_layers(column: list[float], layers: tuple[int, ...]) -> float:
+            return sum([column[at + 1] - column[at] for at in layers])
+
         return _Work(
             forward=within(times.forward),
             backward=within(times.backward),
             weight=within(times.weight),
-            recompute=within(times.forward, again) + within(times.attention, attention),
+            recompute=of_layers(times.forward, stage.recompute) + of_layers(times.attention, stage.recompute_attention),
             attention=within(times.attention),
             host_forward=within(times.host_forward),
-            host_backward=within(times.host_backward) + within(times.host_forward, again),
+            host_backward=within(times.host_backward) + of_layers(times.host_forward, stage.recompute),
         )
 
     # ------------------------------------------------------------------------------------------------- communication
 
-    def _sending_of(self, stage: Stage, samples: float, shards: Shards, precision: str) -> _Sending:
-        key = (stage.start, stage.stop, stage.recompute, samples, shards, precision)
-        found = self._sending.get(key)
+    def _blocks_of(self, shards: Shards) -> list[_BlockCounts]:
+        found = self._blocks.get(shards.blocks)
         if found is None:
-            share = 0.5 if precision != "float32" else 1.0
-            there: Counter[float] = Counter()
-            back: Counter[float] = Counter()
-            recompute = set(stage.recompute)
+            ends: dict[TensorKind, tuple[Counter[int], Counter[int]]] = {}  # by layer
             for position in shards.blocks:
                 block = self.graph.blocks[position]
-                if stage.start <= block.layer < stage.stop:
-                    into = elements_of(block.input, samples) * dtype_bytes(block.input.dtype) * share
-                    out = elements_of(block.output, samples) * dtype_bytes(block.output.dtype) * share
-                    there[out] += 1
-                    back[into] += 1
-                    if block.layer in recompute:
-                        back[out] += 1
-            layers = self.graph.layers[stage.start : stage.stop]
+                for which, kind in enumerate((block.output, block.input)):
+                    ends.setdefault(kind, (Counter(), Counter()))[which][block.layer] += 1
+            layers = range(len(self.graph.layers))
+            found = self._blocks[shards.blocks] = [
+                _BlockCounts(kind, *(list(accumulate((one[at] for at in layers), initial=0)) for one in both))
+                for kind, both in ends.items()
+            ]
+        return found
+
+    def _sending_of(self, alike: Alike, samples: float, shards: Shards, precision: str) -> _Sending:
+        key = (alike.number, samples, precision)
+        found = self._sending.get(key)
+        if found is None:
+            stage = alike.stage
+            there: Counter[float] = Counter()
+            back: Counter[float] = Counter()
+            for kind, returned, given in self._blocks_of(shards):
+                size = elements_of(kind, samples) * dtype_bytes(kind.dtype) * _low_share(precision)
+                there[size] += returned[stage.stop] - returned[stage.start]
+                back[size] += given[stage.stop] - given[stage.start]
+                back[size] += sum([returned[at + 1] - returned[at] for at in stage.recompute])
             found = self._sending[key] = _Sending(
-                tuple((size, count) for size, count in there.items() if size),
-                tuple((size, count) for size, count in back.items() if size),
-                sum(layer.attention.keys_values.at(samples) * share for layer in layers if layer.attention is not None),
-                tuple(layer.experts.dispatched.at(samples) * share for layer in layers if layer.experts is not None),
+                *(tuple((size, count) for size, count in sent.items() if size and count) for sent in (there, back))
             )
         return found
 
@@ -352,36 +243,77 @@ class StageTimes:
         rank = position % plan.pipeline
         samples = plan.samples_of(rank) if not plan.is_uniform else float(plan.micro_batch)
         shards = self.shards_of(plan, rank)
-        stage = self.sizes.canonical(plan.stages[position], shards)
-        tiers = (plan.parameters_on, plan.activations_on, plan.optimizer_on)
-        key = (stage, tuple(kind.name for kind in kinds), samples, plan.context, plan.expert, shards, plan.precision,
-               channels, plan.zero_stage, plan.micro_batches, plan.pipeline > 1, plan.overlap, tiers,
-               len(plan.devices) > 1)  # fmt: skip
-        found = self._parts.get(key)
+        (alike,) = self.sizes.alike((plan.stages[position],), shards)
+        key = (alike.number, self.layouts.row_of(kinds, channels))
+        table = self._table_of(plan, samples)
+        found = table.get(key)
         if found is None:
-            found = self._parts[key] = self._parts_of(plan, stage, kinds, channels, samples, shards)
+            found = table[key] = self._time(plan, alike, kinds, channels, samples, shards)
+        return found.parts
+
+    def timed(
+        self,
+        plan: Plan,
+        outline: Outline,
+        kinds: tuple[tuple[Accelerator, ...], ...],
+        channels: tuple[Channels, ...],
+        rows: tuple[int, ...],
+    ) -> list[TimedStage]:
+        """One micro-batch in each stage of a plan; for each pipeline rank kinds, channels, and their `row_of`."""
+        p = plan.pipeline
+        if plan.is_uniform:
+            tables = [self._table_of(plan, outline.samples[0])] * p
+        else:
+            tables = [self._table_of(plan, samples) for samples in outline.samples]
+        found = []
+        for position, alike in enumerate(outline.stages):
+            rank = position % p
+            key = (alike.number, rows[rank])
+            one = tables[rank].get(key)
+            if one is None:
+                one = tables[rank][key] = self._time(
+                    plan, alike, kinds[rank], channels[rank], outline.samples[rank], outline.shards[rank]
+                )
+            found.append(one)
         return found
 
+    def _table_of(self, plan: Plan, samples: float) -> dict[tuple[int, int], TimedStage]:
+        """Stages by class and row, under what else holds for a plan."""
+        tiers = (plan.parameters_on, plan.activations_on, plan.optimizer_on, plan.devices[0]) if plan.tiers else ()
+        key = (samples, plan.context, plan.expert, plan.precision, plan.zero_stage, plan.micro_batches,
+               plan.pipeline > 1, plan.overlap, tiers, len(plan.devices) > 1)  # fmt: skip
+        return self._timed.setdefault(key, {})
+
+    def _time(
+        self, plan: Plan, alike: Alike, kinds: tuple[Accelerator, ...], channels: Channels, samples: float,
+        shards: Shards,
+    ) -> TimedStage:  # fmt: skip
+        parts = self._parts_of(plan, alike, kinds, channels, samples, shards)
+        return TimedStage(parts, parts.forward_seconds, parts.backward_seconds, parts.forward + parts.backward)
+
     def _parts_of(
-        self, plan: Plan, stage: Stage, kinds: tuple[Accelerator, ...], channels: Channels, samples: float,
+        self, plan: Plan, alike: Alike, kinds: tuple[Accelerator, ...], channels: Channels, samples: float,
         shards: Shards,
     ) -> StageParts:  # fmt: skip
+        stage = alike.stage
         crowded = len(plan.devices) > 1
         share = samples / plan.context
         slowdown = self.slowdown(kinds[0])
-        work = self._work_of(stage, kinds, crowded, share, shards, plan.precision)
-        tensor = self._tensor(plan, stage, share, shards, channels.tensor, work, slowdown)
+        work = self._work_of(alike, kinds, crowded, share, shards, plan.precision)
+        tensor = self._tensor(plan, alike, share, shards, channels.tensor, work, slowdown)
         expert = self._expert(stage, share, shards, plan.precision, channels.expert)
         # While the host falls behind, the device waits, and communication fills part of that.
-        host_there, host_back = self._host_seconds(plan, stage, share, shards, kinds, work, channels)
+        host_there, host_back = self._host_seconds(plan, alike, share, shards, kinds, work, channels)
         forward, tensor_there, expert_there = _waiting(
             work.forward, host_there, tensor.exposed_forward, expert.exposed_forward
         )
         back = work.backward + work.recompute
         whole, tensor_back, expert_back = _waiting(back, host_back, tensor.exposed_backward, expert.exposed_backward)
         stretch = whole / back if back else 1.0
-        tensor = tensor._replace(exposed_forward=tensor_there, exposed_backward=tensor_back)
-        expert = expert._replace(exposed_forward=expert_there, exposed_backward=expert_back)
+        if tensor is not NO_EXCHANGE:
+            tensor = tensor._replace(exposed_forward=tensor_there, exposed_backward=tensor_back)
+        if expert is not NO_EXCHANGE:
+            expert = expert._replace(exposed_forward=expert_there, exposed_backward=expert_back)
         covers = (forward, whole)
         gather, scatter = self._zero(plan, stage, shards, kinds, channels, covers)
         return StageParts(
@@ -399,7 +331,7 @@ class StageTimes:
         )
 
     def _host_seconds(
-        self, plan: Plan, stage: Stage, samples: float, shards: Shards, kinds: tuple[Accelerator, ...], work: _Work,
+        self, plan: Plan, alike: Alike, samples: float, shards: Shards, kinds: tuple[Accelerator, ...], work: _Work,
         channels: Channels,
     ) -> tuple[float, float]:  # fmt: skip
         """What the host needs to start forward and backward, collectives between operators included."""
@@ -411,18 +343,18 @@ class StageTimes:
         back = share * work.host_backward
         if channels.tensor.size == 1:
             return there, back
-        sending = self._sending_of(stage, samples, shards, plan.precision)
+        sending = self._sending_of(alike, samples, shards, plan.precision)
         each = share * efficiency.host_collective_seconds * channels.tensor.size
         there += each * sum(count for _, count in sending.reduces)
         back += each * sum(count for _, count in sending.reduces_back)
         return there, back
 
     def _tensor(
-        self, plan: Plan, stage: Stage, share: float, shards: Shards, channel: Channel, work: _Work, slowdown: float
+        self, plan: Plan, alike: Alike, share: float, shards: Shards, channel: Channel, work: _Work, slowdown: float
     ) -> Exchange:
         if channel.size == 1:
-            return Exchange()
-        sending = self._sending_of(stage, share, shards, plan.precision)
+            return NO_EXCHANGE
+        sending = self._sending_of(alike, share, shards, plan.precision)
         there, back = (
             sum(count * self._block_seconds(plan, size, channel) for size, count in reduces)
             for reduces in (sending.reduces, sending.reduces_back)
@@ -450,10 +382,15 @@ class StageTimes:
 
     def _expert(self, stage: Stage, share: float, shards: Shards, precision: str, channel: Channel) -> Exchange:
         if channel.size == 1:
-            return Exchange()
-        sizes = self._sending_of(stage, share, shards, precision).dispatched
+            return NO_EXCHANGE
+        layers = self.graph.layers[stage.start : stage.stop]
+        sizes = Counter(
+            layer.experts.dispatched.at(share) * _low_share(precision) for layer in layers if layer.experts is not None
+        )
         # Tokens go to their experts and their results come back; gradients take the same ways.
-        seconds = 2 * sum(comm.all_to_all_seconds(size / shards.degree, channel) for size in sizes)
+        seconds = 2 * sum(
+            count * comm.all_to_all_seconds(size / shards.degree, channel) for size, count in sizes.items()
+        )
         return Exchange(seconds, seconds, seconds, seconds)
 
     def _context(
@@ -462,10 +399,10 @@ class StageTimes:
     ) -> Exchange:  # fmt: skip
         """Ring attention: keys and values of all other ranks pass by, while scores with those at hand are computed."""
         if channel.size == 1:
-            return Exchange()
-        size = self._sending_of(stage, samples, shards, plan.precision).keys_values / shards.degree
-        layers = sum(layer.attention is not None for layer in self.graph.layers[stage.start : stage.stop])
-        seconds = repeated(comm.all_gather_seconds, size, layers, channel)
+            return NO_EXCHANGE
+        layers = [one.attention for one in self.graph.layers[stage.start : stage.stop] if one.attention is not None]
+        size = sum(one.keys_values.at(samples) * _low_share(plan.precision) for one in layers) / shards.degree
+        seconds = repeated(comm.all_gather_seconds, size, len(layers), channel)
         there, back = seconds, 2 * seconds
         if not self.overlaps(plan, kinds):
             return Exchange(there, back, there, back)
@@ -489,7 +426,7 @@ class StageTimes:
         """
         channel = channels.replicas
         if plan.zero_stage < 2 or channel.size == 1:
-            return Exchange(), Exchange()
+            return NO_EXCHANGE, NO_EXCHANGE
         units = sum(self.sizes.units[stage.start : stage.stop])
         size = self.sizes.parameters(stage.start, stage.stop, shards, plan.expert)
         gathered, scattered = self.gathered_bytes(plan, size), self.gradient_bytes(size)
@@ -554,6 +491,8 @@ class StageTimes:
         covers: tuple[float, float], slowdown: float,
     ) -> Exchange:  # fmt: skip
         """Parameters fetched before each pass, activations sent away in forward and fetched in backward."""
+        if not plan.tiers:
+            return NO_EXCHANGE
         there = back = 0.0
         device = plan.devices[0]
         if plan.parameters_on != "device":
@@ -585,6 +524,11 @@ class StageTimes:
             there / layers + hidden_behind(there * (1 - 1 / layers), covers[0], 0.0) if there else 0.0,
             back / layers + hidden_behind(back * (1 - 1 / layers), covers[1], 0.0) if back else 0.0,
         )
+
+
+def _low_share(precision: str) -> float:
+    """What is left of a tensor's float32 bytes on the wire."""
+    return 0.5 if precision != "float32" else 1.0
 
 
 def hidden_behind(seconds: float, cover: float, slowdown: float) -> float:

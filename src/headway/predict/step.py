@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import NamedTuple
 
 from headway.errors import DoesNotFitError
 from headway.hardware.cluster import Accelerator, Cluster
@@ -18,14 +19,15 @@ from headway.predict.latency import flop_rate
 from headway.predict.measured import MeasuredTimes
 from headway.predict.memory import Sizes
 from headway.predict.operators import WHOLE, Shards
-from headway.predict.parts import Parts, StageParts
-from headway.predict.pipeline import WEIGHT, Cell, closed_form, play
+from headway.predict.outline import Outline, outline_of
+from headway.predict.parts import Parts, RankParts
+from headway.predict.pipeline import WEIGHT, Cell, closed_form, finish_seconds, play
 from headway.predict.prediction import Memory, Prediction, StepTime
 from headway.predict.profile import Profile
 from headway.predict.replicas import ReplicaTimes
 from headway.predict.residency import Residency
 from headway.predict.splits import Splits
-from headway.predict.stage import StageTimes
+from headway.predict.stage import StageTimes, TimedStage
 from headway.timeline import Span, Timeline
 from headway.units import format_bytes
 from headway.workload.graph import Workload
@@ -34,6 +36,18 @@ __all__ = ["Predictor", "check_fit", "predict"]
 
 # Up to this many cells a schedule is played exactly; beyond, the closed form stands in for it.
 _PLAYED_CELLS = 512
+_MOST_PLAYS = 4096  # that are remembered: in a long walk few come again
+
+
+class _Timing(NamedTuple):
+    """`Parts`, with what is asked of each stage again and again at hand, and its send left out."""
+
+    stages: list[TimedStage]
+    ranks: tuple[RankParts, ...]
+    sends: tuple[float, ...]
+    finish: tuple[float, ...]
+    loss: float
+    micro_batches: int
 
 
 class Predictor:
@@ -63,7 +77,6 @@ class Predictor:
         self.residency = Residency(workload, cluster, self.sizes, splits)
         self.stages = StageTimes(workload, cluster, profile, self.sizes, self.communication, measured, splits)
         self.replicas = ReplicaTimes(self.stages)
-        self._position = {device.name: position for position, device in enumerate(cluster.devices)}
         self._flop = workload.graph.forward_flop + workload.graph.backward_flop
         self._plays: dict[tuple, tuple[float, ...]] = {}
         self._flop_rates: dict[tuple, tuple[float, float, float]] = {}
@@ -71,9 +84,9 @@ class Predictor:
 
     def predict(self, plan: Plan) -> Prediction:
         """Time and memory of one step of `plan`. The plan is taken as valid (see `Plan.validate`)."""
-        parts = self.parts(plan)
-        time, bound = self._step_time(plan, parts)
-        memory = self.residency.memory(plan)
+        outline = outline_of(plan, self.sizes, self.residency.splits)
+        time, bound = self._step_time(plan, self._slowest(plan, outline))
+        memory = self.residency.memory(plan, outline)
         graph = self.workload.graph
         samples = plan.global_batch
         flop = self._flop.at(samples)
@@ -94,7 +107,7 @@ class Predictor:
 
     def step_time(self, plan: Plan) -> StepTime:
         """The time of one step, as in `predict`, without asking what fits in memory."""
-        return self._step_time(plan, self.parts(plan))[0]
+        return self._step_time(plan, self._slowest(plan, outline_of(plan, self.sizes, self.residency.splits)))[0]
 
     def layer_seconds(
         self, accelerator: str, samples: float, shards: Shards = WHOLE, precision: str = "float32", *, crowded: bool
@@ -113,19 +126,31 @@ class Predictor:
 
         `exactly`: the schedule is played out however many cells it has.
         """
-        slowest: Parts | None = None
+        found = self._slowest(plan, outline_of(plan, self.sizes, self.residency.splits), exactly)
+        p, last = plan.pipeline, len(plan.stages) - 1
+        stages = tuple(
+            stage.parts._replace(send=found.sends[at % p]) if p > 1 and at < last else stage.parts
+            for at, stage in enumerate(found.stages)
+        )
+        return Parts(stages, found.ranks, found.sends, found.finish, found.loss, found.micro_batches)
+
+    def _slowest(self, plan: Plan, outline: Outline, exactly: bool = False) -> _Timing:
+        """What the step is made of on the replica that is done last."""
+        slowest: _Timing | None = None
         for kinds, m in self._replicas_of(plan):
-            parts = self._parts_of(plan, kinds, m, exactly)
-            if slowest is None or max(parts.finish) > max(slowest.finish):
-                slowest = parts
+            timing = self._timing_of(plan, outline, kinds, m, exactly)
+            if slowest is None or max(timing.finish) > max(slowest.finish):
+                slowest = timing
         assert slowest is not None
         return slowest
 
     def _replicas_of(self, plan: Plan) -> tuple[tuple[tuple[tuple[Accelerator, ...], ...], int], ...]:
         """The kinds of device of each pipeline rank and the micro-batches, of replicas that differ in either."""
         if not plan.shares:
-            return ((self.stages.layout_of(plan).kinds, plan.micro_batches),)
-        key = (plan.devices, plan.pipeline, plan.data, plan.tensor, plan.context, plan.shares)
+            return ((self.stages.layouts.of(plan).kinds, plan.micro_batches),)
+        order = self.communication.orders.of(plan.devices)
+        degrees = None if plan.is_uniform else tuple(map(plan.degrees, range(plan.pipeline)))
+        key = (order.number, plan.pipeline, plan.data, plan.tensor, plan.context, plan.shares, degrees)
         found = self._replica_kinds.get(key)
         if found is None:
             unlike = []
@@ -133,10 +158,7 @@ class Predictor:
                 kinds = tuple(
                     tuple(
                         self.cluster.accelerators[name]
-                        for name in dict.fromkeys(
-                            self.cluster.devices[self._position[plan.devices[rank]]].accelerator
-                            for rank in self._ranks_of(plan, pipeline, data)
-                        )
+                        for name in dict.fromkeys(order.kinds[rank] for rank in self._ranks_of(plan, pipeline, data))
                     )
                     for pipeline in range(plan.pipeline)
                 )
@@ -154,68 +176,70 @@ class Predictor:
         start, stop = data * own // plan.data, max((data + 1) * own // plan.data, data * own // plan.data + 1)
         return range(first + start * width, first + stop * width)
 
-    def _parts_of(self, plan: Plan, kinds: tuple[tuple[Accelerator, ...], ...], m: int, exactly: bool) -> Parts:
-        p = plan.pipeline
-        layout = self.stages.layout_of(plan)
-        channels, along = layout.channels, layout.along
-        sends = self.stages.sends_of(plan, along)
-        last = len(plan.stages) - 1
-        stages = []
-        for position in range(last + 1):
-            rank = position % p
-            parts = self.stages.parts(plan, position, kinds[rank], channels[rank])
-            stages.append(parts._replace(send=sends[rank]) if p > 1 and position < last else parts)
-        ranks = tuple(self.replicas.parts(plan, rank, kinds[rank], channels[rank], along) for rank in range(p))
-        finish = self._finish(plan, m, tuple(stages), sends, exactly)
+    def _timing_of(
+        self, plan: Plan, outline: Outline, kinds: tuple[tuple[Accelerator, ...], ...], m: int, exactly: bool
+    ) -> _Timing:
+        layout = self.stages.layouts.of(plan)
+        channels, along, rows = layout.channels, layout.along, layout.rows
+        if kinds is not layout.kinds:
+            rows = tuple(map(self.stages.layouts.row_of, kinds, channels))
+        sends = self.stages.layouts.sends_of(plan, along)
+        stages = self.stages.timed(plan, outline, kinds, channels, rows)
+        ranks = tuple(
+            self.replicas.parts_of_rank(plan, outline, rank, kinds[rank], channels[rank], rows[rank], along)
+            for rank in range(plan.pipeline)
+        )
+        finish = self._finish(plan, m, stages, sends, exactly)
         loss = comm.all_reduce_seconds(8, layout.world) if len(plan.devices) > 1 else 0.0
-        return Parts(tuple(stages), ranks, sends, finish, loss, m)
+        return _Timing(stages, ranks, sends, finish, loss, m)
 
     def _finish(
-        self, plan: Plan, m: int, stages: tuple[StageParts, ...], sends: tuple[float, ...], exactly: bool
+        self, plan: Plan, m: int, stages: list[TimedStage], sends: tuple[float, ...], exactly: bool = False
     ) -> tuple[float, ...]:
         p = plan.pipeline
-        forward = tuple(stage.forward_seconds for stage in stages)
-        backward = tuple(stage.backward_seconds for stage in stages)
         if p == 1:
-            return (m * (forward[0] + backward[0]),)
-        weights = tuple(stage.backward_weight for stage in stages) if plan.schedule == "zero_bubble" else None
+            return (m * (stages[0].forward + stages[0].backward),)
+        forward = tuple([stage.forward for stage in stages])
+        backward = tuple([stage.backward for stage in stages])
+        split = plan.schedule == "zero_bubble"
+        weights = tuple([stage.parts.backward_weight for stage in stages]) if split else None
         key = (plan.schedule, p, m, forward, backward, sends, weights, exactly)
         found = self._plays.get(key)
         if found is None:
-            if exactly or 2 * m * len(forward) <= _PLAYED_CELLS:
-                found = play(plan.schedule, p, m, forward, backward, sends, weights).finish
+            asked = (plan.schedule, p, m, forward, backward, sends, weights)
+            if 2 * m * len(forward) <= _PLAYED_CELLS:
+                found = finish_seconds(*asked)
             else:
-                found = closed_form(plan.schedule, p, m, forward, backward, sends, weights)
+                found = play(*asked).finish if exactly else closed_form(*asked)
+            if len(self._plays) >= _MOST_PLAYS:
+                self._plays.clear()
             self._plays[key] = found
         return found
 
-    def _step_time(self, plan: Plan, parts: Parts) -> tuple[StepTime, str]:
-        m, p = parts.micro_batches, plan.pipeline
+    def _step_time(self, plan: Plan, timing: _Timing) -> tuple[StepTime, str]:
+        m, p = timing.micro_batches, plan.pipeline
         ends = [
             finish + rank.gradients + rank.update + rank.after
-            for finish, rank in zip(parts.finish, parts.ranks, strict=True)
+            for finish, rank in zip(timing.finish, timing.ranks, strict=True)
         ]
-        step = max(ends) + parts.loss
+        step = max(ends) + timing.loss
         # A delayed update goes on beside the next step, and is through before the one after that needs its parameters.
-        late = max(0.0, max(rank.background for rank in parts.ranks) - step)
+        late = max(0.0, max([rank.background for rank in timing.ranks]) - step)
+        computes = [stage.compute for stage in timing.stages]
+        wholes = [stage.forward + stage.backward for stage in timing.stages]
         busy = []
         for rank in range(p):
-            mine = [parts.stages[at] for at in plan.stages_of(rank)]
-            compute = m * sum(stage.forward + stage.backward for stage in mine)
-            busy.append((compute, m * sum(stage.forward_seconds + stage.backward_seconds for stage in mine) - compute))
+            compute = m * sum(computes[rank::p])
+            busy.append((compute, m * sum(wholes[rank::p]) - compute))
         # The rank that bounds the step is the one that waits least.
-        rank = max(
-            range(p),
-            key=lambda at: sum(busy[at]) + parts.ranks[at].gradients + parts.ranks[at].update + parts.ranks[at].after,
-        )
+        waits = [
+            compute + inside + rank.gradients + rank.update + rank.after
+            for (compute, inside), rank in zip(busy, timing.ranks, strict=True)
+        ]
+        rank = waits.index(max(waits))
         compute, inside = busy[rank]
-        own = parts.ranks[rank]
-        sent = 0.0
-        if p > 1:
-            without = self._finish(plan, m, parts.stages, (0.0,) * p, False)
-            with_sends = self._finish(plan, m, parts.stages, parts.sends, False)
-            sent = max(0.0, max(with_sends) - max(without))
-        communication = inside + own.gradients + own.after + parts.loss
+        own = timing.ranks[rank]
+        communication = inside + own.gradients + own.after + timing.loss
         # Waiting for other stages includes waiting for what they send.
         bubble = 0.0 if p == 1 else max(0.0, step - compute - communication - own.update)
         time = StepTime(
@@ -225,27 +249,34 @@ class Predictor:
             bubble_seconds=bubble,
             optimizer_seconds=own.update + late,
         )
-        shares = {
-            "compute" + (f" of stage {rank}" if p > 1 else ""): compute,
-            "pipeline bubble": bubble - min(sent, bubble),
-            "optimizer step": own.update + late,
-            "sending activations between stages": min(sent, bubble),
-        }
         name = "tensor-parallel all-reduces" if plan.tensor > 1 else "gathering sharded parameters"
         if plan.tensor > 1 and plan.zero_stage >= 2:
             name = "tensor-parallel all-reduces and gathering sharded parameters"
-        shares[name] = inside
-        shares["exposed reduction of gradients"] = own.gradients
-        shares["broadcast of updated parameters"] = own.after
+        shares = {
+            "compute" + (f" of stage {rank}" if p > 1 else ""): compute,
+            "pipeline bubble": bubble,
+            "optimizer step": own.update + late,
+            "sending activations between stages": 0.0,
+            name: inside,
+            "exposed reduction of gradients": own.gradients,
+            "broadcast of updated parameters": own.after,
+        }
+        if p > 1 and bubble >= max(shares.values()):
+            # Only where waiting is the largest part does it matter how much of it is for sends.
+            without = self._finish(plan, m, timing.stages, (0.0,) * p)
+            sent = min(bubble, max(0.0, max(timing.finish) - max(without)))
+            shares["pipeline bubble"] = bubble - sent
+            shares["sending activations between stages"] = sent
         bound, seconds = max(shares.items(), key=lambda item: item[1])
         return time, f"{bound} ({seconds / time.step_seconds:.0%} of the step)"
 
     def _totals(self, plan: Plan) -> tuple[float, float, float]:
         """Peak FLOP/s, watts and dollars per hour of all devices; watts or dollars are 0 unless all are known."""
-        key = (plan.devices, plan.precision)
+        order = self.communication.orders.of(plan.devices)
+        key = (order.number, plan.precision)
         found = self._flop_rates.get(key)
         if found is None:
-            count = Counter(self.cluster.devices[self._position[name]].accelerator for name in plan.devices)
+            count = Counter(order.kinds)
             kinds = [(self.cluster.accelerators[name], times) for name, times in count.items()]
             peak = sum(flop_rate(kind, plan.precision) * times for kind, times in kinds)
             watts = sum(kind.power_watts * times for kind, times in kinds)

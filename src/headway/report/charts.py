@@ -43,7 +43,9 @@ __all__ = [
     "WIDE",
     "comparison_figure",
     "comparison_svg",
+    "draw_head",
     "draw_legend",
+    "head_height",
     "inline_svg",
     "legend_rows",
     "loss_figure",
@@ -183,17 +185,35 @@ def new_canvas(
     return figure, axes
 
 
-def draw_legend(figure: Figure, entries: Iterable[tuple[str, str]], width: float) -> None:
-    """A legend along the top: (colour, text) pairs, set in rows from the left."""
+def draw_head(figure: Figure, title: str, entries: Iterable[tuple[str, str]], width: float) -> None:
+    """A title, and below it a legend of (colour, text) pairs; `head_height` says what they take."""
     figure_width, figure_height = figure.get_size_inches() * 72
-    x, y = 2.0, figure_height - 14
+    figure.text(
+        2 / figure_width, 1 - 16 / figure_height, plain_text(title), fontsize=13, color=PALETTE["ink"],
+        parse_math=False,
+    )  # fmt: skip
+    draw_legend(figure, entries, width, down=38.0)
+
+
+def head_height(entries: Iterable[tuple[str, str]], width: float) -> float:
+    """Pixels that a title and a legend of (colour, text) pairs take at the top of a picture."""
+    return 32.0 + 18.0 * legend_rows((text for _, text in entries), width)
+
+
+def draw_legend(figure: Figure, entries: Iterable[tuple[str, str]], width: float, *, down: float = 14.0) -> None:
+    """A legend along the top: (colour, text) pairs, set in rows from the left; the first row `down` pixels down."""
+    figure_width, figure_height = figure.get_size_inches() * 72
+    x, y = 2.0, figure_height - down
     for colour, text in entries:
         advance = 16 + 6.6 * len(text) + 18
         if x > 2 and x + advance - 18 > width:
             x, y = 2.0, y - 18
         size = (10 / figure_width, 10 / figure_height)
         figure.add_artist(Rectangle((x / figure_width, y / figure_height), *size, color=colour, linewidth=0))
-        figure.text((x + 16) / figure_width, (y + 1) / figure_height, text, color=PALETTE["muted"], fontsize=11.5)
+        figure.text(
+            (x + 16) / figure_width, (y + 1) / figure_height, plain_text(text), color=PALETTE["muted"], fontsize=11.5,
+            parse_math=False,
+        )  # fmt: skip
         x += advance
 
 

@@ -1,14 +1,14 @@
 """Pictures of one step and of what was asked about it: the pipeline's Gantt chart, memory over time, the roofline of
 the operators, and how searches came to their best plan.
 
-Each returns a matplotlib `Figure` in the style and the colours of `report.charts`; `save` writes it as SVG or PNG.
+Each returns a matplotlib `Figure` in the style and the colours of `report.charts`; `save` of `report.saving` writes it
+as SVG or PNG.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
@@ -25,9 +25,8 @@ from headway.report.charts import MEMORY_KINDS, PALETTE, WIDE
 from headway.simulate.played import StepSimulation
 from headway.timeline import Span
 from headway.units import format_bytes, format_flop, format_seconds
-from headway.value import write_atomically
 
-__all__ = ["MOST_ROWS", "Series", "gantt_figure", "memory_figure", "roofline_figure", "save", "search_figure"]
+__all__ = ["MOST_ROWS", "Series", "gantt_figure", "memory_figure", "roofline_figure", "search_figure"]
 
 _ROW = 22.0  # pixels of one lane
 MOST_ROWS = 64  # more are a blur
@@ -39,21 +38,6 @@ class Series(NamedTuple):
 
     name: str
     points: tuple[tuple[float, float], ...]
-
-
-def save(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as `.svg` or `.png`. Raises InputError for another ending, FileError."""
-    path = Path(path)
-    if path.suffix == ".png":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        charts.save_png(figure, path)
-    elif path.suffix == ".svg":
-        write_atomically(path, charts.to_svg(figure))
-    else:
-        raise InputError(
-            f"{path.suffix or 'no ending'!r} is no kind of picture", place=str(path), remedy=".png or .svg"
-        )
-    return path
 
 
 # ---------------------------------------------------------------------------------------------------------------- Gantt
@@ -75,7 +59,11 @@ def gantt_figure(simulation: StepSimulation, *, width: float = WIDE) -> Figure:
     timeline = simulation.timeline_of(ranks)
     rows = {f"rank {rank}": position for position, rank in enumerate(ranks)}
     labels = [_row_label(simulation, position) for position in range(len(ranks))]
-    left, right, top, bottom = 8 + 6.4 * max(map(len, labels)), 10.0, 62.0, 46.0
+    split = any(span.detail.get("part") == "weight" for span in timeline.spans)
+    entries = [(PALETTE["forward"], "forward"), (PALETTE["backward"], "input gradients" if split else "backward")]
+    entries += [(PALETTE["recompute"], "gradients of parameters")] if split else []
+    entries += [(PALETTE["communication"], "communication"), (PALETTE["optimizer"], "optimizer")]
+    left, right, top, bottom = 8 + 6.4 * max(map(len, labels)), 10.0, 12 + charts.head_height(entries, width), 46.0
     height = top + bottom + _ROW * len(ranks)
     with matplotlib.rc_context(charts._STYLE):
         figure, axes = charts.new_canvas(width, height, left=left, right=right, top=top, bottom=bottom)
@@ -100,12 +88,7 @@ def gantt_figure(simulation: StepSimulation, *, width: float = WIDE) -> Figure:
         _time_axis(axes)
         share = simulation.bubble_share
         title = f"{format_seconds(simulation.step_seconds)} a step, {share:.1%} of it bubble"
-        figure.text(2 / width, 1 - 16 / height, title, fontsize=13, color=PALETTE["ink"], parse_math=False)
-        split = any(span.detail.get("part") == "weight" for span in timeline.spans)
-        entries = [(PALETTE["forward"], "forward"), (PALETTE["backward"], "input gradients" if split else "backward")]
-        entries += [(PALETTE["recompute"], "gradients of parameters")] if split else []
-        entries += [(PALETTE["communication"], "communication"), (PALETTE["optimizer"], "optimizer")]
-        _legend_at(figure, entries, width, height, 38)
+        charts.draw_head(figure, title, entries, width)
     return figure
 
 
@@ -145,14 +128,6 @@ def _draw_span(axes, row: int, lane: str, span: Span, scale: float) -> None:
 def _time_axis(axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_seconds(value) if value else "0"))
-
-
-def _legend_at(figure: Figure, entries: Sequence[tuple[str, str]], width: float, height: float, down: float) -> None:
-    x = 2.0
-    for colour, text in entries:
-        figure.add_artist(Rectangle((x / width, 1 - down / height), 10 / width, 10 / height, color=colour, linewidth=0))
-        figure.text((x + 16) / width, 1 - (down - 1) / height, text, color=PALETTE["muted"], fontsize=11.5)
-        x += 34 + 6.6 * len(text)
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
@@ -294,8 +269,10 @@ def roofline_figure(
     high = max(max(x for _, x, _ in points), ridge) * 2
     names = list(dict.fromkeys(sorted((name for name, _, _ in points), key=lambda name: -_time_of(points, name))))
     shown = names[: len(_LINES) - 1]
+    entries = [(PALETTE[_LINES[at]], name) for at, name in enumerate(shown)]
+    top = 12 + charts.head_height(entries, width)
     with matplotlib.rc_context(charts._STYLE):
-        figure, axes = charts.new_canvas(width, height, left=92, right=14, top=62, bottom=48)
+        figure, axes = charts.new_canvas(width, height, left=92, right=14, top=top, bottom=48)
         axes.loglog((low, ridge, high), (low * memory_rate, peak, peak), color=PALETTE["ink"], linewidth=1.6, zorder=2)
         for (name, x, y), seconds in points.items():
             role = _LINES[shown.index(name)] if name in shown else "other"
@@ -317,10 +294,7 @@ def roofline_figure(
         title = (
             f"{latency.graph.name} on {kind.name}, {samples} samples: {covered:.0%} of the time is in these operators"
         )
-        text = charts.plain_text(title)
-        figure.text(2 / width, 1 - 16 / height, text, fontsize=13, color=PALETTE["ink"], parse_math=False)
-        entries = [(PALETTE[_LINES[at]], name) for at, name in enumerate(shown)]
-        _legend_at(figure, entries, width, height, 38)
+        charts.draw_head(figure, title, entries, width)
     return figure
 
 

@@ -6,10 +6,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from headway.errors import InputError
 from headway.predict.inspection import MeasuredCurve
-from headway.report import charts
-from headway.value import write_atomically
+from headway.report.saving import picture_path, save
 
 __all__ = ["measured_figure", "write_measured_picture"]
 
@@ -44,14 +42,6 @@ def measured_figure(curve: MeasuredCurve) -> Figure:
 
 def write_measured_picture(curve: MeasuredCurve, path: str | Path) -> None:
     """Draw `curve` as PNG or SVG, by the file's ending. Raises InputError for another ending."""
-    path = Path(path)
-    if path.suffix not in (".png", ".svg"):
-        raise InputError(
-            f"{path.suffix or 'no ending'!r} is no kind of picture", place=str(path), remedy=".png or .svg"
-        )
+    path = picture_path(path)
     figure = measured_figure(curve)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".png":
-        charts.save_png(figure, path)
-    else:
-        write_atomically(path, charts.to_svg(figure))
+    save(figure, path)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import msgspec
 
-from headway.errors import FileError, InputError
-from headway.report import charts, timelines
+from headway.errors import FileError
+from headway.report import timelines
 from headway.report.directory import read_directory, steps_to_show
+from headway.report.saving import picture_path, save
 from headway.timeline import Span, Timeline
-from headway.value import write_atomically
 
 __all__ = ["write_picture"]
 
@@ -20,11 +20,7 @@ def write_picture(run_directory: str | Path, path: str | Path) -> Path:
 
     Raises FileError if the folder holds no run or no timeline, InputError for another kind of file.
     """
-    path = Path(path)
-    if path.suffix not in (".png", ".svg"):
-        raise InputError(
-            f"{path.suffix or 'no ending'!r} is no kind of picture", place=str(path), remedy=".png or .svg"
-        )
+    path = picture_path(path)
     run = read_directory(run_directory)
     spans: list[Span] = []
     for name, timeline, prediction in (
@@ -40,12 +36,7 @@ def write_picture(run_directory: str | Path, path: str | Path) -> Path:
             "has no timeline to draw", place=str(run_directory), remedy="give a run that trained some steps"
         )
     figure = timelines.timeline_figure(Timeline(name="step", spans=tuple(spans)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".png":
-        charts.save_png(figure, path)
-    else:
-        write_atomically(path, charts.to_svg(figure))
-    return path
+    return save(figure, path)
 
 
 def _within(timeline: Timeline, start: float, stop: float, name: str) -> list[Span]:

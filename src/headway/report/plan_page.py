@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from headway.predict.residency import explain
+from headway.predict.occupancy import explain
 from headway.predict.step import Predictor
 from headway.report import gantt
 from headway.report.picture_page import Drawing, write_picture_page
@@ -61,7 +61,7 @@ def _drawings(ranking: Ranking, predictor: Predictor) -> list[Drawing]:
     best = ranking.best[0]
     plan = best.plan
     simulation = simulate_step(predictor, plan)
-    kind = predictor.stages.kinds_of(plan)[0][0]
+    kind = predictor.stages.layouts.kinds_of(plan)[0][0]
     latency = predictor.stages.latency(kind, plan.world_size > 1)
     share = plan.samples_of(0) / plan.context
     shards = predictor.stages.shards_of(plan)

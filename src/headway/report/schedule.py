@@ -2,15 +2,15 @@
 
 Pictures: how completion times are distributed, who had which node when, how long the queue was, how full the machines,
 and how much of what was free was of no use to those who waited. Each function returns a matplotlib `Figure` in the
-style of `report.charts`; `save` of `report.gantt` writes it.
+style of `report.charts`; `save` of `report.saving` writes it.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -28,7 +28,7 @@ from headway.report.charts import PALETTE, WIDE
 from headway.report.picture_page import Drawing, write_picture_page
 from headway.report.terminal import new_table
 from headway.schedule.study import Case
-from headway.schedule.summary import Replay, Summary, interval, usage
+from headway.schedule.summary import Replay, Summary, Usage, interval, usage
 from headway.units import format_seconds
 
 __all__ = [
@@ -193,34 +193,6 @@ def _name(key: tuple[str, str]) -> str:
 # pictures
 
 
-def _frame(figure: Figure, width: float, height: float, title: str, entries: Sequence[tuple[str, str]]) -> None:
-    figure.text(
-        2 / width, 1 - 16 / height, charts.plain_text(title), fontsize=13, color=PALETTE["ink"], parse_math=False
-    )
-    x, down = 2.0, 38.0
-    for colour, text in entries:
-        advance = 34 + 6.6 * len(text)
-        if x > 2 and x + advance > width:
-            x, down = 2.0, down + 18
-        figure.add_artist(Rectangle((x / width, 1 - down / height), 10 / width, 10 / height, color=colour, linewidth=0))
-        figure.text(
-            (x + 16) / width, 1 - (down - 1) / height, charts.plain_text(text), color=PALETTE["muted"], fontsize=11.5,
-            parse_math=False,
-        )  # fmt: skip
-        x += advance
-
-
-def _top(entries: Sequence[tuple[str, str]], width: float) -> float:
-    """Pixels that the title and the rows of the legend take."""
-    x, rows = 2.0, 1
-    for _, text in entries:
-        advance = 34 + 6.6 * len(text)
-        if x > 2 and x + advance > width:
-            x, rows = 2.0, rows + 1
-        x += advance
-    return 32.0 + 18.0 * rows
-
-
 def _named(replays: Sequence[Replay]) -> list[tuple[str, str]]:
     placements = {replay.placement for replay in replays}
     return [
@@ -244,7 +216,7 @@ def _calendar(axes, stop: float, narrow: bool) -> None:
 def completion_figure(replays: Sequence[Replay], *, width: float = WIDE, height: float = 380.0) -> Figure:
     """Which share of the jobs was done within how long after they were submitted (the CDF of JCT), a line a run."""
     entries = _named(replays)
-    top = _top(entries, width)
+    top = charts.head_height(entries, width)
     with matplotlib.rc_context(charts._STYLE):
         figure, axes = charts.new_canvas(width, height, left=46, right=16, top=top, bottom=46)
         low, high = math.inf, 0.0
@@ -266,7 +238,7 @@ def completion_figure(replays: Sequence[Replay], *, width: float = WIDE, height:
         axes.set_ylim(0, 1.005)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
         axes.set_xlabel("completion time")
-        _frame(figure, width, height, "Share of the jobs done within", entries)
+        charts.draw_head(figure, "Share of the jobs done within", entries, width)
     return figure
 
 
@@ -282,7 +254,7 @@ def gantt_figure(replay: Replay, *, width: float = WIDE, nodes: int = _MOST_NODE
     stop = float(np.nanmax(replay.finish))
     row = max(7.0, min(26.0, 560.0 / shown))
     entries = [(PALETTE[role], f"{size}" if size < 16 else "16 and more") for size, role in _GANG_COLOURS]
-    top = _top(entries, width)
+    top = charts.head_height(entries, width)
     left = 14 + 6.4 * len(f"node {shown - 1}")
     height = top + row * shown + 40
     bars, left_out = _tracks(segments, replay, shown, stop / max(1.0, width - left))
@@ -305,7 +277,7 @@ def gantt_figure(replay: Replay, *, width: float = WIDE, nodes: int = _MOST_NODE
         _calendar(axes, stop, width < 600)
         whole = len(replay.node_devices)
         title = f"{replay.policy}: devices of {shown} nodes" + (f" of {whole}" if shown < whole else "")
-        _frame(figure, width, height, f"{title}, by size of the gang", entries)
+        charts.draw_head(figure, f"{title}, by size of the gang", entries, width)
         if left_out:
             text = f"{left_out:,} spells too short to be seen are left out"
             figure.text(left / width, 6 / height, text, fontsize=10, color=PALETTE["muted"])
@@ -338,70 +310,74 @@ def _tracks(segments: np.ndarray, replay: Replay, shown: int, pixel: float) -> t
     return seen, len(bars) - len(seen)
 
 
+def _usages(replays: Sequence[Replay], width: float) -> list[Usage]:
+    """How full the machines were in each run, at as many times as a picture of this width has room for."""
+    if not any(len(replay.segments) for replay in replays):
+        raise InputError("the runs kept no record of who held what", place="picture", remedy="ask for segments")
+    return [usage(replay, 300 if width > 600 else 150) for replay in replays]
+
+
 def _over_time(
     replays: Sequence[Replay],
-    read: Callable[[Any, Replay], np.ndarray],
+    used: Sequence[Usage],
+    read: Callable[[Usage, Replay], np.ndarray],
     title: str,
     label: Callable[[float], str],
     *,
     width: float,
     top_value: float | None = None,
     are_counts: bool = False,
-    points: int = 300,
     height: float = 300.0,
 ) -> Figure:
     entries = _named(replays)
-    top = _top(entries, width)
+    top = charts.head_height(entries, width)
     with matplotlib.rc_context(charts._STYLE):
         figure, axes = charts.new_canvas(width, height, left=62, right=16, top=top, bottom=34)
         stop = 0.0
-        for replay, (colour, _) in zip(replays, entries, strict=True):
-            used = usage(replay, points if width > 600 else points // 2)
-            values = read(used, replay)
-            stop = max(stop, float(used.seconds[-1] + (used.seconds[1] - used.seconds[0])))
-            axes.step(used.seconds, values, where="post", color=colour, linewidth=1.3)
+        for replay, each, (colour, _) in zip(replays, used, entries, strict=True):
+            stop = max(stop, float(each.seconds[-1] + (each.seconds[1] - each.seconds[0])))
+            axes.step(each.seconds, read(each, replay), where="post", color=colour, linewidth=1.3)
         axes.set_ylim(0, top_value)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=are_counts))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: label(value)))
         _calendar(axes, stop, width < 600)
-        _frame(figure, width, height, title, entries)
+        charts.draw_head(figure, title, entries, width)
     return figure
 
 
-def queue_figure(replays: Sequence[Replay], *, width: float = WIDE) -> Figure:
-    """How many jobs wait over time, a line a run. Raises InputError for runs that kept no segments."""
-    _need_segments(replays)
+def queue_figure(replays: Sequence[Replay], *, width: float = WIDE, used: Sequence[Usage] | None = None) -> Figure:
+    """How many jobs wait over time, a line a run. Raises InputError for runs that kept no segments.
+
+    `used`: the usage of each run over time, if it is known already; the next two pictures show more of the same.
+    """
     return _over_time(
-        replays, lambda used, _: used.waiting, "Jobs that wait", lambda value: f"{value:,.0f}", width=width,
-        are_counts=True,
+        replays, used or _usages(replays, width), lambda used, _: used.waiting, "Jobs that wait",
+        lambda value: f"{value:,.0f}", width=width, are_counts=True,
     )  # fmt: skip
 
 
-def utilisation_figure(replays: Sequence[Replay], *, width: float = WIDE) -> Figure:
+def utilisation_figure(
+    replays: Sequence[Replay], *, width: float = WIDE, used: Sequence[Usage] | None = None
+) -> Figure:
     """Which share of the devices is held over time, a line a run. Raises InputError for runs without segments."""
-    _need_segments(replays)
     return _over_time(
-        replays, lambda used, replay: used.busy / replay.capacity, "Share of the devices that is held",
-        lambda value: f"{value:.0%}", width=width, top_value=1.02,
+        replays, used or _usages(replays, width), lambda used, replay: used.busy / replay.capacity,
+        "Share of the devices that is held", lambda value: f"{value:.0%}", width=width, top_value=1.02,
     )  # fmt: skip
 
 
-def fragmentation_figure(replays: Sequence[Replay], *, width: float = WIDE) -> Figure:
+def fragmentation_figure(
+    replays: Sequence[Replay], *, width: float = WIDE, used: Sequence[Usage] | None = None
+) -> Figure:
     """Which share of the devices is free while a job waits that asks for no more than are free, a line a run.
 
     Raises InputError for runs that kept no segments.
     """
-    _need_segments(replays)
     return _over_time(
-        replays, lambda used, replay: used.stranded / replay.capacity,
+        replays, used or _usages(replays, width), lambda used, replay: used.stranded / replay.capacity,
         "Share of the devices that is free while a job waits that asks for no more", lambda value: f"{value:.0%}",
         width=width,
     )  # fmt: skip
-
-
-def _need_segments(replays: Sequence[Replay]) -> None:
-    if not any(len(replay.segments) for replay in replays):
-        raise InputError("the runs kept no record of who held what", place="picture", remedy="ask for segments")
 
 
 # page
@@ -451,7 +427,7 @@ def write_schedule_report(
 
 
 def _drawings(replays: Sequence[Replay]) -> list[Drawing]:
-    first = replays[0] if replays else None
+    used = functools.cache(functools.partial(_usages, replays))
     drawings: list[Drawing] = [
         (
             "Completion times",
@@ -461,28 +437,27 @@ def _drawings(replays: Sequence[Replay]) -> list[Drawing]:
         (
             "The queue",
             "Jobs submitted and not running.",
-            lambda width: queue_figure(replays, width=width),
+            lambda width: queue_figure(replays, width=width, used=used(width)),
         ),
         (
             "Use of the machines",
             "Devices held by jobs, averaged over each step of the line.",
-            lambda width: utilisation_figure(replays, width=width),
+            lambda width: utilisation_figure(replays, width=width, used=used(width)),
         ),
         (
             "Free, and of no use",
             "Kept apart by placement, held back for a gang, or passed over by the policy.",
-            lambda width: fragmentation_figure(replays, width=width),
+            lambda width: fragmentation_figure(replays, width=width, used=used(width)),
         ),
     ]
-    if first is not None:
-        for replay in replays:
-            drawings.append(
-                (
-                    f"Who had which node: {replay.policy}",
-                    "A row a node, a track a device.",
-                    lambda width, replay=replay: gantt_figure(replay, width=width, nodes=32 if width > 600 else 16),
-                )
+    for replay in replays:
+        drawings.append(
+            (
+                f"Who had which node: {replay.policy}",
+                "A row a node, a track a device.",
+                lambda width, replay=replay: gantt_figure(replay, width=width, nodes=32 if width > 600 else 16),
             )
+        )
     return drawings
 
 

@@ -13,6 +13,7 @@ from headway.predict.prediction import Prediction
 from headway.predict.step import Predictor
 from headway.report import gantt
 from headway.report.charts import TIME_PARTS
+from headway.report.saving import save
 from headway.report.terminal import new_table
 from headway.simulate.faults import Faults, parse_fault, parse_straggler
 from headway.simulate.played import StepSimulation
@@ -101,8 +102,8 @@ def write_step(
     folder = Path(folder)
     files = []
     if len(simulation.kinds) <= gantt.MOST_ROWS:
-        files.append(gantt.save(gantt.gantt_figure(simulation), folder / "gantt.svg"))
-    files.append(gantt.save(gantt.memory_figure(simulation, prediction.memory, capacity_bytes), folder / "memory.svg"))
+        files.append(save(gantt.gantt_figure(simulation), folder / "gantt.svg"))
+    files.append(save(gantt.memory_figure(simulation, prediction.memory, capacity_bytes), folder / "memory.svg"))
     path = folder / "timeline.json"
     simulation.timeline.save_chrome(str(path))
     return (*files, path)

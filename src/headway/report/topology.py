@@ -20,8 +20,8 @@ from headway.errors import InputError
 from headway.hardware.cluster import Cluster
 from headway.report import charts
 from headway.report.charts import PALETTE, WIDE
+from headway.report.saving import picture_path, save
 from headway.units import format_rate
-from headway.value import write_atomically
 
 __all__ = ["MOST_DEVICES", "topology_figure", "write_topology"]
 
@@ -100,18 +100,9 @@ def write_topology(
     title: str = "",
 ) -> Path:
     """Draw `topology_figure` into a .png or .svg file. Raises InputError for another kind of file, FileError."""
-    path = Path(path)
-    if path.suffix not in (".png", ".svg"):
-        raise InputError(
-            f"{path.suffix or 'no ending'!r} is no kind of picture", place=str(path), remedy=".png or .svg"
-        )
+    path = picture_path(path)
     figure = topology_figure(cluster, devices, busy, title=title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".png":
-        charts.save_png(figure, path)
-    else:
-        write_atomically(path, charts.to_svg(figure))
-    return path
+    return save(figure, path)
 
 
 def _places(cluster: Cluster, devices: Sequence[str], shown: set[str]) -> dict[str, _Point]:

@@ -13,9 +13,9 @@ from headway.errors import InputError
 from headway.predict.validation import By, Comparison, Errors, Quantity, Validation
 from headway.report import charts
 from headway.report.charts import PALETTE, WIDE
+from headway.report.saving import picture_path, save
 from headway.report.terminal import new_table
 from headway.units import format_bytes, format_seconds
-from headway.value import write_atomically
 
 __all__ = ["scatter_figure", "validation_tables", "write_scatter"]
 
@@ -225,14 +225,6 @@ def write_scatter(validation: Validation, path: str | Path, quantity: Quantity =
 
     Raises InputError for another kind of file or if there is nothing to draw, FileError if it cannot be written.
     """
-    path = Path(path)
-    if path.suffix not in (".png", ".svg"):
-        raise InputError(
-            f"{path.suffix or 'no ending'!r} is no kind of picture", place=str(path), remedy=".png or .svg"
-        )
+    path = picture_path(path)
     figure = scatter_figure(validation, quantity)
-    if path.suffix == ".png":
-        charts.save_png(figure, path)
-    else:
-        write_atomically(path, charts.to_svg(figure))
-    return path
+    return save(figure, path)

@@ -41,6 +41,14 @@ class Fleet(Value):
         return sum(node.devices for node in self.nodes)
 
     @cached_property
+    def devices_by_kind(self) -> dict[str, int]:
+        """Kind to how many devices of it all nodes have together, in the order in which kinds come."""
+        found: dict[str, int] = {}
+        for node in self.nodes:
+            found[node.kind] = found.get(node.kind, 0) + node.devices
+        return found
+
+    @cached_property
     def position(self) -> dict[str, int]:
         """Name of a node to its place in `nodes`."""
         return {node.name: index for index, node in enumerate(self.nodes)}

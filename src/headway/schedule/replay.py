@@ -22,7 +22,7 @@ from headway.schedule.job import Job
 from headway.schedule.pace import Overhead, Pace
 from headway.schedule.placement.rules import Placement
 from headway.schedule.policies.ordering import Policy
-from headway.schedule.scheduler import Scheduler
+from headway.schedule.scheduler import Foresight, Scheduler
 from headway.value import Value
 
 __all__ = ["JobOutcome", "Outcome", "Player", "Segment", "play"]
@@ -120,9 +120,10 @@ class Player:
     """One trace on its way through one scheduler: `step` by step, `until` some time, or to the end by `run`.
 
     `jobs` in any order; equal times in the order of the rows. `disturbances`: (seconds, event) of what else happens to
-    the fleet: nodes that go and come back, failures, cancellations, quotas; an event about a job that is not there (any
-    more) at that time is left out. `watch` is called after each call of the scheduler. Raises InputError for two jobs
-    of one name, and for a disturbance that only the player may tell.
+    the fleet: nodes that go and come back, failures, cancellations, quotas; an event that its job can't meet with then
+    (it is not there any more, or does not run), after what else happens at that instant, is left out. `watch` is called
+    after each call of the scheduler. Raises InputError for two jobs of one name, and for a disturbance that only the
+    player may tell.
     """
 
     def __init__(
@@ -213,14 +214,14 @@ class Player:
                 del self._end_of[name]
                 finishing.append((number, name))
         events.extend(Finish(job=name) for _, name in sorted(finishing))
-        gone = {name for _, name in finishing}
+        ahead = Foresight(self.scheduler)
+        for event in events:
+            ahead.add(event)
         while self._disturbance < len(self._disturbances) and self._disturbances[self._disturbance][0] <= now:
             event = self._disturbances[self._disturbance][1]
             self._disturbance += 1
-            name = getattr(event, "job", None)
-            entry = self.scheduler.entry(name) if name is not None and name not in gone else None
-            needs_running = type(event).__name__ in ("Fail", "Progress")
-            if name is None or (entry is not None and (entry.running or not needs_running)):
+            if ahead.missed(event) is None:
+                ahead.add(event)
                 events.append(event)
         while self._next < len(self._arrivals):
             job = self._jobs[self._arrivals[self._next]]
@@ -243,7 +244,7 @@ class Player:
                 self._end_of.pop(decision.job, None)
         for entry in scheduler.line.touched.values():
             if entry.running:
-                end = entry.finish()
+                end = max(now, entry.finish())  # it may have reported more work than it has
                 if self._end_of.get(entry.job.name) != end:
                     self._end_of[entry.job.name] = end
                     heapq.heappush(self._ends, (end, entry.number, entry.job.name))

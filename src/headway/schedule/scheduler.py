@@ -46,10 +46,11 @@ from headway.schedule.policies.ordering import Policy, View, Wish
 from headway.schedule.seating import Seating, Target
 from headway.value import Value
 
-__all__ = ["Scheduler", "SchedulerState", "advance"]
+__all__ = ["Foresight", "Scheduler", "SchedulerState", "advance"]
 
-_WHAT: dict[type, str] = {Finish: "finishes", Fail: "fails", Progress: "reports progress"}
-_ONLY_RUNNING = "only running jobs do that"
+_WHAT: dict[type, str] = {
+    Finish: "finishes", Fail: "fails", Progress: "reports progress", Cancel: "is cancelled",
+}  # fmt: skip
 
 
 class SchedulerState(Value):
@@ -146,6 +147,25 @@ class Scheduler:
         """Whether its patience is at an end."""
         return not entry.running and now >= entry.patience_ends(self.patience_seconds)
 
+    def refusal(self, job: Job) -> str:
+        """Why no job like this is taken; empty: it is."""
+        try:
+            job.validate()
+        except InputError as error:
+            return error.message
+        capacity = self.fleet.capacity(job)
+        if job.devices <= capacity:
+            return ""
+        what = "devices of the kinds and memory that it needs" if job.kinds or job.memory_bytes else "devices"
+        return f"it asks for {job.devices} devices, and the fleet has {capacity} {what}"
+
+    def place_of(self, node: str) -> int:
+        """Its place in the fleet. Raises InputError."""
+        place = self.fleet.position.get(node)
+        if place is None:
+            raise InputError("no such node", place=f"node {node}", remedy=f"one of fleet {self.fleet.name}")
+        return place
+
     # ------------------------------------------------------------------------------------------------- being told
 
     def handle(self, now: float, *events: Event) -> tuple[Decision, ...]:
@@ -156,7 +176,9 @@ class Scheduler:
         """
         if not now >= self.now:
             raise InputError(f"an event at {now} s after one at {self.now} s", place="scheduler", remedy="in order")
-        self._check(events)
+        ahead = Foresight(self)
+        for event in events:
+            ahead.add(event)
         self.now = now
         decisions: list[Decision] = []
         for event in events:
@@ -164,45 +186,6 @@ class Scheduler:
         self._cross(now, decisions)
         self._decide(now, decisions)
         return tuple(decisions)
-
-    def _check(self, events: Sequence[Event]) -> None:
-        """Raise InputError if one of the events can't happen after those before it."""
-        known: dict[str, bool] = {}  # whether it runs, of the jobs that an event of this call is about
-        gone: set[str] = set()
-
-        def runs(job: str, what: str) -> bool:
-            entry = self.entry(job)
-            if job in gone or (job not in known and entry is None):
-                raise InputError(f"{what}, and neither waits nor runs", place=f"job {job}", remedy="submit it first")
-            return known.get(job, entry is not None and entry.running)
-
-        for event in events:
-            if isinstance(event, Submit):
-                name = event.job.name
-                there = name not in gone and (name in known or name in self._numbers)
-                if not there and not self._refusal(event.job):
-                    known[name] = False
-                    gone.discard(name)
-            elif isinstance(event, Finish | Fail | Progress):
-                what = _WHAT[type(event)]
-                if not runs(event.job, what):
-                    raise InputError(f"{what}, and does not run", place=f"job {event.job}", remedy=_ONLY_RUNNING)
-                if isinstance(event, Progress) and not event.seconds >= 0:
-                    raise InputError(f"reports {event.seconds} s done", place=f"job {event.job}", remedy="0 or more")
-                if isinstance(event, Finish):
-                    gone.add(event.job)
-                elif isinstance(event, Fail):
-                    known[event.job] = False
-            elif isinstance(event, Cancel):
-                runs(event.job, "is cancelled")
-                gone.add(event.job)
-                known.pop(event.job, None)
-            elif isinstance(event, NodeDown | NodeUp):
-                node = self._node(event.node)
-                if isinstance(event, NodeDown):
-                    for entry in self.line.running.values():
-                        if any(place == node for place, _ in entry.counts):
-                            known.setdefault(entry.job.name, False)
 
     def _take(self, now: float, event: Event, decisions: list[Decision]) -> None:
         if isinstance(event, Submit):
@@ -224,9 +207,9 @@ class Scheduler:
         elif isinstance(event, Fail):
             decisions.append(self._fail(self._known(event.job), now, "failed"))
         elif isinstance(event, NodeDown):
-            self._node_down(now, self._node(event.node), decisions)
+            self._node_down(now, self.place_of(event.node), decisions)
         elif isinstance(event, NodeUp):
-            self.seating.bring_up(self._node(event.node))
+            self.seating.bring_up(self.place_of(event.node))
         elif isinstance(event, Quota):
             if event.devices < 0:
                 self.quotas.pop(event.queue, None)
@@ -237,7 +220,7 @@ class Scheduler:
         if job.name in self._numbers:
             decisions.append(Refuse(job=job.name, reason="a job of this name waits or runs already"))
             return
-        reason = self._refusal(job)
+        reason = self.refusal(job)
         if reason:
             decisions.append(Refuse(job=job.name, reason=reason))
             return
@@ -254,18 +237,6 @@ class Scheduler:
         else:
             self.line.add(entry)
 
-    def _refusal(self, job: Job) -> str:
-        """Why no job like this is taken; empty: it is."""
-        try:
-            job.validate()
-        except InputError as error:
-            return error.message
-        capacity = self.fleet.capacity(job)
-        if job.devices <= capacity:
-            return ""
-        what = "devices of the kinds and memory that it needs" if job.kinds or job.memory_bytes else "devices"
-        return f"it asks for {job.devices} devices, and the fleet has {capacity} {what}"
-
     def _line_up(self) -> None:
         """Build the line from the entries."""
         self.line = Line(self.policy, self.patience_seconds)
@@ -275,13 +246,8 @@ class Scheduler:
     def _known(self, job: str) -> Entry:
         return self.entries[self._numbers[job]]
 
-    def _node(self, name: str) -> int:
-        place = self.fleet.position.get(name)
-        if place is None:
-            raise InputError("no such node", place=f"node {name}", remedy=f"one of fleet {self.fleet.name}")
-        return place
-
     def _forget(self, entry: Entry) -> None:
+        self.policy.left(entry)
         del self.entries[entry.number]
         del self._numbers[entry.job.name]
         self.line.remove(entry)
@@ -515,6 +481,55 @@ class Scheduler:
             self.policy.restore(state.learned)
         self._line_up()
         self._unsettled = []  # every call ends with a decision, which settles them
+
+
+class Foresight:
+    """Who will be there, and who will run, after events of one instant that are not carried out yet."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._runs: dict[str, bool] = {}  # of the jobs that an event so far is about
+        self._gone: set[str] = set()
+
+    def _is_there(self, job: str) -> bool:
+        return job not in self._gone and (job in self._runs or self._scheduler.entry(job) is not None)
+
+    def missed(self, event: Event) -> InputError | None:
+        """What is wrong with an event whose job is not there (any more), or does not run; None: it can happen."""
+        if not isinstance(event, Finish | Fail | Progress | Cancel):
+            return None
+        what, place = _WHAT[type(event)], f"job {event.job}"
+        if not self._is_there(event.job):
+            return InputError(f"{what}, and neither waits nor runs", place=place, remedy="submit it first")
+        entry = self._scheduler.entry(event.job)
+        if not isinstance(event, Cancel) and not self._runs.get(event.job, entry is not None and entry.running):
+            return InputError(f"{what}, and does not run", place=place, remedy="only running jobs do that")
+        return None
+
+    def add(self, event: Event) -> None:
+        """The event follows those before it. Raises InputError if it can't."""
+        missed = self.missed(event)
+        if missed is not None:
+            raise missed
+        if isinstance(event, Submit):
+            name = event.job.name
+            if not self._is_there(name) and not self._scheduler.refusal(event.job):
+                self._runs[name] = False
+                self._gone.discard(name)
+        elif isinstance(event, Progress):
+            if not event.seconds >= 0:
+                raise InputError(f"reports {event.seconds} s done", place=f"job {event.job}", remedy="0 or more")
+        elif isinstance(event, Fail):
+            self._runs[event.job] = False
+        elif isinstance(event, Finish | Cancel):
+            self._gone.add(event.job)
+            self._runs.pop(event.job, None)
+        elif isinstance(event, NodeDown | NodeUp):
+            node = self._scheduler.place_of(event.node)
+            if isinstance(event, NodeDown):
+                for entry in self._scheduler.line.running.values():
+                    if any(place == node for place, _ in entry.counts):
+                        self._runs[entry.job.name] = False
 
 
 def advance(

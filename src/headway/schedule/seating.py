@@ -36,7 +36,6 @@ class Seating:
         self.up = [True] * len(fleet.nodes)
         self.counts = [node.devices for node in fleet.nodes]
         self.capacity = fleet.devices
-        self._tied: dict[tuple[int, tuple[str, ...]], Job] = {}
 
     # ------------------------------------------------------------------------------------------------- devices
 
@@ -148,16 +147,11 @@ class Seating:
         arranging.filling(waiting, running, head_blocks, overdue)
         return arranging.targets
 
-    def tied(self, wish: Wish) -> Job:
-        """The job, able to use only the kinds of the wish."""
-        job = wish.entry.job
-        if not wish.kinds:
-            return job
-        key = (wish.entry.number, wish.kinds)
-        found = self._tied.get(key)
-        if found is None:
-            found = self._tied[key] = msgspec.structs.replace(job, kinds=wish.kinds)
-        return found
+
+def _tied(wish: Wish) -> Job:
+    """The job, able to use only the kinds of the wish."""
+    job = wish.entry.job
+    return msgspec.structs.replace(job, kinds=wish.kinds) if wish.kinds else job
 
 
 class _Arranging:
@@ -186,7 +180,7 @@ class _Arranging:
 
     def _place(self, wish: Wish, free: Sequence[int]) -> Counts | None:
         self.turn += 1
-        counts = self.placement.place(self.seating.tied(wish), wish.devices, free, self.fleet, self.turn)
+        counts = self.placement.place(_tied(wish), wish.devices, free, self.fleet, self.turn)
         if counts is not None:
             assert sum(count for _, count in counts) == wish.devices, "a placement of another size"
         return counts
@@ -233,7 +227,7 @@ class _Arranging:
 
     def _try(self, wish: Wish) -> Counts | None:
         """A place among what is free, which has only become less since somebody alike found none."""
-        alike = self.placement.alike(self.seating.tied(wish))
+        alike = self.placement.alike(_tied(wish))
         if alike is None:
             return self._place(wish, self.free)
         if (alike, wish.devices) in self.hopeless:
@@ -309,7 +303,7 @@ class _Arranging:
                 for cls, need in enumerate(held):
                     left[cls] -= need
                 return True
-        classes = sorted({fleet.classes[node] for node in fleet.eligible(self.seating.tied(wish))})
+        classes = sorted({fleet.classes[node] for node in fleet.eligible(_tied(wish))})
         if sum(left[cls] for cls in classes) < wish.devices:
             return False
         missing = wish.devices
@@ -381,6 +375,7 @@ class _Arranging:
         host = self.targets[wish.host]
         if host.host < 0 and self._within_quota(wish):
             self.targets[wish.entry.number] = Target(host.counts, wish.host)
+            self._charge(wish, wish.devices)
 
     def improve(self, wishes: Sequence[Wish], improvable: Improvable) -> None:
         """Move those that run spread to where they are together, if that pays."""

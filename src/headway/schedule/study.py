@@ -176,7 +176,9 @@ def play_case(case: Case, room: _Room) -> Played:
         overhead=case.overhead,
         patience_seconds=_patience(case), engine=case.engine, keep_segments=case.keep,
     )  # fmt: skip
-    replay = replay._replace(policy=case.policy, placement=case.placement)
+    # As the case names them, but for a simulator that places nothing: it counts.
+    placement = replay.placement if case.engine == "tiresias" else case.placement
+    replay = replay._replace(policy=case.policy, placement=placement)
     return Played(case, summarise(replay, seed=case.seed), replay)
 
 

@@ -1,4 +1,4 @@
-"""How Tiresias's public simulator decides and counts, to be compared with the exact machine; nothing else uses it.
+"""How Tiresias's public simulator decides and counts, to be compared with the exact machine.
 
 Written from its behaviour (SymbioticLab/Tiresias, `simulator/`, placement `count`: devices are only counted). Time is
 in whole seconds. It differs from scheduler.py in three ways, each of which moves its figures:
@@ -9,6 +9,8 @@ in whole seconds. It differs from scheduler.py in three ways, each of which move
 - ties between equal remaining times go to whoever stood first in the list, which is sorted in place again and again,
   and not to the earlier job;
 - of several demotions in one instant, a job moves one queue at most.
+
+`headway simulate cluster --engine tiresias` plays a trace so.
 """
 
 from __future__ import annotations
@@ -18,11 +20,23 @@ from collections.abc import Sequence
 
 from headway.errors import InputError
 from headway.schedule.job import Job
+from headway.schedule.policies.fifo import Fifo, FirstFitFifo
+from headway.schedule.policies.ordering import Policy
+from headway.schedule.policies.shortest import ShortestRemainingServiceFirst, ShortestRemainingTimeFirst
+from headway.schedule.policies.tiresias import DiscretisedLas
 from headway.schedule.replay import JobOutcome, Outcome
 
-__all__ = ["SCHEDULES", "play_compatible"]
+__all__ = ["SCHEDULES", "play_compatible", "play_policy"]
 
 SCHEDULES = ("fifo", "fjf", "shortest", "shortest-gpu", "dlas-gpu")
+# What theirs calls a policy of ours.
+_SCHEDULE_OF: dict[type[Policy], str] = {
+    Fifo: "fifo",
+    FirstFitFifo: "fjf",
+    ShortestRemainingTimeFirst: "shortest",
+    ShortestRemainingServiceFirst: "shortest-gpu",
+    DiscretisedLas: "dlas-gpu",
+}
 
 
 class _Listed:
@@ -59,7 +73,7 @@ def play_compatible(
     """Play `jobs` on so many devices, as theirs would under one of `SCHEDULES`.
 
     `limits` are the thresholds of its queues. A job that never finishes has no finish in the outcome, as theirs is
-    silent about it. Raises InputError for an unknown schedule, and for jobs that don't fit.
+    silent about it. Raises InputError for an unknown schedule, and for jobs that don't fit, or last less than a second.
     """
     if schedule not in SCHEDULES:
         raise InputError(
@@ -68,6 +82,8 @@ def play_compatible(
     for job in jobs:
         if job.devices > devices:
             raise InputError(f"asks for {job.devices} of {devices} devices", place=f"job {job.name}")
+        if job.duration_seconds < 1:
+            raise InputError("lasts less than a second", place=f"job {job.name}", remedy="it counts whole seconds")
     listed = [_Listed(number, job) for number, job in enumerate(jobs)]
     arrivals = sorted(listed, key=lambda item: item.submit)
     if schedule in ("fifo", "fjf"):
@@ -77,6 +93,20 @@ def play_compatible(
     else:
         _shortest(arrivals, devices, by_service=schedule == "shortest-gpu")
     return Outcome(policy=schedule, placement="count", devices=devices, jobs=tuple(_outcome(item) for item in listed))
+
+
+def play_policy(jobs: Sequence[Job], devices: int, policy: Policy) -> Outcome:
+    """`play_compatible` with what theirs calls this policy of ours. Raises InputError also for one that it lacks."""
+    schedule = _SCHEDULE_OF.get(type(policy))
+    if schedule is None:
+        known = ", ".join(each.name for each in _SCHEDULE_OF)
+        raise InputError(
+            f"Tiresias's simulator has no {policy.name}", place="engine tiresias", remedy=f"one of {known}"
+        )
+    if schedule != "dlas-gpu":
+        return play_compatible(jobs, devices, schedule)
+    limits = [int(threshold) for threshold in policy.thresholds]
+    return play_compatible(jobs, devices, schedule, limits=limits, promote_knob=policy.promote_knob)
 
 
 def _outcome(item: _Listed) -> JobOutcome:

@@ -229,6 +229,8 @@ class Bounds:
                 parameters, gradients = parameters * lean, gradients * lean * held.optimizer_kept
         replicas = mesh.replicas
         if held.zero_stage == 0:
+            if held.optimizer_on != "device" and self.space.workload.recipe.framework == "headway":
+                states = states / replicas  # each updates rows of its own, off the device and on it
             return parameters + gradients + states
         if held.zero_stage >= 2 and self.space.workload.recipe.framework != "headway":
             return (parameters + gradients + states) / replicas

@@ -433,7 +433,7 @@ class _Search:
         used = np.array([memory.total_bytes for memory in peaks])
         room, smallest = self._least_room(mesh)
         over = used - room
-        if not (plan.parameters_on == plan.optimizer_on == plan.activations_on == "device"):
+        if plan.tiers:
             if not self._only_gpus:  # there the host's memory is the device's
                 over += np.array([memory.host_bytes for memory in peaks])
             over = np.maximum(over, self._lacking_elsewhere(plan, peaks))
@@ -534,7 +534,9 @@ class _Search:
             [lean * (one.bytes * (held.parameters_on == "device") + kept * one.trainable_bytes) for one in own]
         )
         optimizer = self.space.workload.optimizer
-        elements = np.array([one.trainable_elements for one in own]) / (mesh.replicas if held.zero_stage else 1)
+        in_rows = away and self.space.workload.recipe.framework == "headway"
+        divided = mesh.replicas if held.zero_stage or in_rows else 1
+        elements = np.array([one.trainable_elements for one in own]) / divided
         states = stage_costs(elements * optimizer.state_bytes_per_element * kept)
         temporary = stage_costs(elements * optimizer.temporary_bytes_per_element)
         entering = stage_costs([0.0 if each.input is None else each.input.bytes(size) * part for each in graph.layers])

@@ -11,15 +11,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from headway.errors import FieldError, PlanError
 from headway.plan.plan import Plan, Stage
-from headway.predict.prediction import Prediction
+from headway.predict.prediction import Memory, Prediction
 from headway.predict.step import Predictor
 from headway.search.mcmc import Progress, Record, check_budget
 from headway.search.ranking import Constraints
@@ -32,6 +31,7 @@ _HOT, _COLD = 0.05, 0.001
 # What lacking memory adds to log(seconds), and lacking a share of it.
 _LACKING, _LACKING_SHARE = 0.3, 2.0
 _DRAWS, _WALKS = 200, 20
+_KEPT_STAGES = 2**14
 _HERE = States(0)
 
 
@@ -45,8 +45,7 @@ class PlanResult(NamedTuple):
     history: tuple[Progress, ...]
 
 
-@dataclass(frozen=True)
-class _Choice:
+class _Choice(NamedTuple):
     """What a plan of all devices decides; `again`: how many layers of each stage are recomputed, its first ones."""
 
     placement: int
@@ -75,13 +74,13 @@ class _Plans:
         self.space = Space(self.workload, self.cluster, constraints, len(self.cluster))
         self.placements = self.space.placements(len(self.cluster))
         kinds = self.cluster.accelerators
-        self.room = {
-            device.name: kinds[device.accelerator].memory_bytes * constraints.memory_fraction
-            for device in self.cluster.devices
-        }
         self._is_cpu = any(kind.torch_device == "cpu" for kind in kinds.values())
         self._resting = self.space.states(Mesh(self.placements[0], 1, 1, 1))
         self._cuts: dict[tuple[int, int], tuple[int, ...]] = {}
+        # The predictor knows a stage again by its identity: plans share theirs.
+        self._stage = lru_cache(maxsize=_KEPT_STAGES)(_stage)
+        self._room = lru_cache(maxsize=None)(self._least_room)  # placements times pipeline degrees
+        self._micro_batches = lru_cache(maxsize=None)(self._divide)  # data-parallel degrees
 
     def plan(self, choice: _Choice) -> Plan:
         """The plan of a choice; raises PlanError if it contradicts itself, the model or the constraints."""
@@ -90,6 +89,9 @@ class _Plans:
             wanted = getattr(fixed, name)
             if wanted is not None and wanted != getattr(choice, name):
                 raise PlanError(f"must be {wanted}", place=f"constraints: {name}")
+        is_sliced = choice.states.parameters_on == "device" or choice.zero_stage == 3 or choice.data == 1
+        if fixed.runnable and (choice.sequence_parallel or not is_sliced):
+            raise PlanError("cannot be run", place="constraints: runnable")
         split = self.space.split(choice.tensor)
         if choice.tensor > 1 and not split.blocks:
             raise PlanError(f"nothing divides {choice.tensor} ways", place="tensor")
@@ -97,7 +99,7 @@ class _Plans:
         # Where activations rest elsewhere, a layer is swapped instead of recomputed; a stage that lists none swaps all.
         swap = choice.states.activations_on != "device" and any(choice.again)
         stages = tuple(
-            _stage(start, stop, max(again, 1) if swap else again, swap)
+            self._stage(start, stop, max(again, 1) if swap else again, swap)
             for start, stop, again in zip(choice.cuts, ends, choice.again, strict=True)
         )
         return Plan(
@@ -122,31 +124,39 @@ class _Plans:
             tensor_sharding=split.sharding,
             precision=self.space.precision,
             exchange=fixed.exchange,
-        ).validate(self.workload.graph)  # its devices are those of a placement
+        ).validate(distinct_devices=True)  # of a placement, split as `Space.split` says, and cut within the model
 
     def judge(self, plan: Plan) -> tuple[float, Prediction, bool]:
         """(energy, prediction, whether it fits)."""
         prediction = self.predictor.predict(plan)
-        # Ranks that are alike share one record: of 16,384 a few are told apart.
-        memories, keys = prediction.memory, map(id, prediction.memory)
-        needs: dict[Any, float]
-        if len(self.cluster.accelerators) == 1:
-            (room,) = set(self.room.values())
-            needs = {key: memory.total_bytes / room for key, memory in dict(zip(keys, memories, strict=True)).items()}
-        else:
-            rooms = map(self.room.__getitem__, plan.devices)
-            held = dict(zip(zip(keys, rooms, strict=True), memories, strict=True))
-            needs = {key: memory.total_bytes / key[1] for key, memory in held.items()}
-        elsewhere = self.predictor.stages.tiers
-        is_here = plan.parameters_on == plan.optimizer_on == plan.activations_on == "device"
-        for name, memory in () if is_here else zip(plan.devices, prediction.memory, strict=True):
-            for tier, size in memory.tiers.items():
-                needs[id(memory), tier] = size / elsewhere.capacity_bytes(tier, name)  # type: ignore[arg-type]
-            if self._is_cpu:  # there the host's memory is the device's
-                needs[id(memory), "both"] = (memory.total_bytes + memory.host_bytes) / self.room[name]
-        lacking = max(needs.values()) - 1
+        peaks = self.predictor.residency.peaks_of(plan, prediction.memory)
+        placement = next(at for at, one in enumerate(self.placements) if one.devices is plan.devices)
+        rooms = self._room(placement, plan.pipeline)
+        lacking = max(memory.total_bytes / room for memory, (room, _) in zip(peaks, rooms, strict=True)) - 1
+        if plan.tiers:
+            lacking = max(lacking, self._lacking_elsewhere(peaks, rooms))
         price = _LACKING + _LACKING_SHARE * min(lacking, 10.0) if lacking > 0 else 0.0
         return math.log(prediction.time.step_seconds) + price, prediction, lacking <= 0
+
+    def _least_room(self, placement: int, pipeline: int) -> tuple[tuple[float, str], ...]:
+        """For each pipeline rank the bytes that its smallest device may hold, and the name of that device."""
+        found = self.placements[placement]
+        bytes_of = {name: kind.memory_bytes for name, kind in self.cluster.accelerators.items()}
+        rooms = [bytes_of[kind] * self.constraints.memory_fraction for kind in found.kinds]
+        width = len(rooms) // pipeline
+        spans = (zip(rooms[at : at + width], found.devices[at : at + width]) for at in range(0, len(rooms), width))
+        return tuple(min(span) for span in spans)
+
+    def _lacking_elsewhere(self, peaks: tuple[Memory, ...], rooms: tuple[tuple[float, str], ...]) -> float:
+        """The largest share by which any tier off the device lacks room."""
+        elsewhere = self.predictor.stages.tiers
+        needs = [0.0]
+        for memory, (room, name) in zip(peaks, rooms, strict=True):
+            for tier, size in memory.tiers.items():
+                needs.append(size / elsewhere.capacity_bytes(tier, name))  # type: ignore[arg-type]
+            if self._is_cpu:  # there the host's memory is the device's
+                needs.append((memory.total_bytes + memory.host_bytes) / room)
+        return max(needs) - 1
 
     def draw(self) -> _Choice:
         """Random degrees; the rest follows from them."""
@@ -170,7 +180,8 @@ class _Plans:
         )  # fmt: skip
         return self._staged(choice, fixed.schedule or ("1f1b" if pipeline > 1 else "none"), 1)
 
-    def _micro_batches(self, data: int) -> list[int]:
+    def _divide(self, data: int) -> list[int]:
+        """Sizes of micro-batches that divide a replica's samples, up to 64."""
         samples = self.workload.global_batch // data
         return [size for size in range(1, min(samples, 64) + 1) if samples % size == 0]
 
@@ -183,7 +194,7 @@ class _Plans:
         virtual = virtual if schedule == "interleaved" else 1
         count = choice.pipeline * virtual
         if count > self.layers:
-            return replace(choice, schedule=schedule, virtual=virtual)  # no valid plan, and refused as such
+            return choice._replace(schedule=schedule, virtual=virtual)  # no valid plan, and refused as such
         key = (count, choice.micro_batch)
         if key not in self._cuts:
             name = self.cluster.devices[0].accelerator
@@ -194,17 +205,19 @@ class _Plans:
             found = balanced_cuts([costs] * count)
             self._cuts[key] = found[:-1] if found is not None else tuple(range(count))
         again = self.layers if self.constraints.recompute == "full" or sum(choice.again) else 0
-        return replace(choice, schedule=schedule, virtual=virtual, cuts=self._cuts[key], again=(again,) * count)
+        return choice._replace(schedule=schedule, virtual=virtual, cuts=self._cuts[key], again=(again,) * count)
 
     def propose(self, choice: _Choice) -> _Choice:
         """The choice with one thing changed; it may be impossible."""
-        rng = self.rng
+        return self._moves[int(self.rng.integers(len(self._moves)))](choice)
+
+    @cached_property
+    def _moves(self) -> list[Callable[[_Choice], _Choice]]:
         moves = [self._degrees, self._micro_batch, self._zero_stage, self._schedule, self._cut, self._recompute,
                  self._recompute, self._sequence, self._placement]  # fmt: skip
         # Only where there is a choice: the same walk as before elsewhere.
         moves += [self._context] * self.has_context + [self._expert] * self.has_experts
-        moves += [self._tiers] * (len(self._resting) > 1)
-        return moves[int(rng.integers(len(moves)))](choice)
+        return moves + [self._tiers] * (len(self._resting) > 1)
 
     @cached_property
     def has_context(self) -> bool:
@@ -224,14 +237,14 @@ class _Plans:
         data = ranks // context
         sizes = self._micro_batches(data)
         size = max((size for size in sizes if size <= choice.micro_batch), default=1)
-        return replace(choice, context=context, data=data, micro_batch=size)
+        return choice._replace(context=context, data=data, micro_batch=size)
 
     def _expert(self, choice: _Choice) -> _Choice:
         degrees = self.space.expert_degrees(choice.data * choice.context)
-        return replace(choice, expert=degrees[int(self.rng.integers(len(degrees)))]) if degrees else choice
+        return choice._replace(expert=degrees[int(self.rng.integers(len(degrees)))]) if degrees else choice
 
     def _tiers(self, choice: _Choice) -> _Choice:
-        return replace(choice, states=self._resting[int(self.rng.integers(len(self._resting)))])
+        return choice._replace(states=self._resting[int(self.rng.integers(len(self._resting)))])
 
     def _degrees(self, choice: _Choice) -> _Choice:
         axes, rng = ("data", "tensor", "pipeline"), self.rng
@@ -241,15 +254,14 @@ class _Plans:
             return choice
         prime = primes[int(rng.integers(len(primes)))]
         changed: dict[str, Any] = {one: getattr(choice, one) // prime, other: getattr(choice, other) * prime}
-        choice = replace(choice, **changed)
+        choice = choice._replace(**changed)
         # Other degrees need another micro-batch and ZeRO stage, or they would have to pass through what does not fit.
         sizes = self._micro_batches(choice.data)
         size = max((size for size in sizes if size <= choice.micro_batch), default=1)
         if sizes and rng.random() < 0.5:
             size = sizes[int(rng.integers(len(sizes)))]
         zero_stage = int(rng.integers(4)) if rng.random() < 0.5 else choice.zero_stage
-        choice = replace(
-            choice,
+        choice = choice._replace(
             micro_batch=size,
             zero_stage=zero_stage if choice.data * choice.context > 1 else 0,
             expert=choice.expert if choice.data * choice.context % choice.expert == 0 else 1,
@@ -262,10 +274,10 @@ class _Plans:
         if choice.micro_batch not in sizes or len(sizes) < 2:
             return choice
         at = sizes.index(choice.micro_batch) + (1 if self.rng.random() < 0.5 else -1)
-        return replace(choice, micro_batch=sizes[min(max(at, 0), len(sizes) - 1)])
+        return choice._replace(micro_batch=sizes[min(max(at, 0), len(sizes) - 1)])
 
     def _zero_stage(self, choice: _Choice) -> _Choice:
-        return replace(choice, zero_stage=int(self.rng.integers(4)))
+        return choice._replace(zero_stage=int(self.rng.integers(4)))
 
     def _schedule(self, choice: _Choice) -> _Choice:
         kinds = ("gpipe", "1f1b", "interleaved") + ("zero_bubble",) * (not self.constraints.runnable)
@@ -280,7 +292,7 @@ class _Plans:
         by = 1 if self.rng.random() < 0.5 else -1
         for at in range(first, last):
             cuts[at] += by
-        return replace(choice, cuts=tuple(cuts))
+        return choice._replace(cuts=tuple(cuts))
 
     def _recompute(self, choice: _Choice) -> _Choice:
         if self.constraints.recompute != "any":
@@ -294,13 +306,13 @@ class _Plans:
             width = ends[at] - choice.cuts[at]
             now = min(again[at], width)
             again[at] = 0 if value < 0.2 else width if value < 0.4 else min(max(now + step, 0), width)
-        return replace(choice, again=tuple(again))
+        return choice._replace(again=tuple(again))
 
     def _sequence(self, choice: _Choice) -> _Choice:
-        return replace(choice, sequence_parallel=not choice.sequence_parallel and choice.tensor > 1)
+        return choice._replace(sequence_parallel=not choice.sequence_parallel and choice.tensor > 1)
 
     def _placement(self, choice: _Choice) -> _Choice:
-        return replace(choice, placement=int(self.rng.integers(len(self.placements))))
+        return choice._replace(placement=int(self.rng.integers(len(self.placements))))
 
 
 def _stage(start: int, stop: int, again: int, swap: bool) -> Stage:
@@ -331,7 +343,7 @@ def mcmc_plans(
     rng = np.random.default_rng(seed)
     plans = _Plans(predictor, (constraints or Constraints()).validate(), rng)
     record = Record(began, progress)
-    known: dict[_Choice, tuple[float, Prediction, bool, Plan] | None] = {}
+    known: dict[_Choice, float] = {}  # energies; a prediction for thousands of devices is large
     best: tuple[float, Plan | None, Prediction | None] = (math.inf, None, None)
     evaluated = 0
 
@@ -343,18 +355,17 @@ def mcmc_plans(
 
     def energy(choice: _Choice) -> float:
         nonlocal evaluated, best
-        if choice not in known:
-            try:
-                plan = plans.plan(choice)
-            except PlanError:
-                known[choice] = None
-            else:
-                evaluated += 1
-                known[choice] = (*plans.judge(plan), plan)
-        found = known[choice]
-        if found is None:
+        found = known.get(choice)
+        if found is not None:
+            return found
+        try:
+            plan = plans.plan(choice)
+        except PlanError:
+            known[choice] = math.inf
             return math.inf
-        value, prediction, fits, plan = found
+        evaluated += 1
+        value, prediction, fits = plans.judge(plan)
+        known[choice] = value
         if fits and prediction.time.step_seconds < best[0]:
             best = (prediction.time.step_seconds, plan, prediction)
             record.note(evaluated, best[0])

@@ -12,9 +12,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
+from headway.compiled import compiled
 from headway.search.problem import Assignment, StageProblem
 from headway.search.supply import Supply, pack
 
@@ -51,10 +51,10 @@ class _Chains(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- the kernel
 
 # The kernel allocates nothing, so references to arrays need not be counted: that took most of the time.
-_OPTIONS: dict[str, Any] = {"cache": True, "_nrt": False}
-_compiled = numba.njit(**_OPTIONS)
+_OPTIONS: dict[str, Any] = {"_nrt": False}
+_compiled = compiled(**_OPTIONS)
 _INNER: dict[str, Any] = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-_inner = numba.njit(**_INNER)
+_inner = compiled(**_INNER)
 
 
 @_inner

@@ -62,6 +62,8 @@ class _Player:
         )
         self.pace = setting.pace_of(team.ranks, attempt.gone)
         self.work = setting.works[number]
+        # All gradients that its passes make in a step, in bytes.
+        self.gradients = sum(sum(self.work.stages[at].gradients) for at in plan.stages_of(team.pipeline))
         self.group = attempt.groups[team.pipeline]
         self.inside, self.forth, self.back = attempt.streams_of(number, kind)
         # Copies of gradients to another tier, and the update there with what it reads, writes and sends back.
@@ -377,7 +379,6 @@ class Attempt:
         gathers, scatters = self._gathers(stage, cell), self._scatters(me, stage, cell)
         finishes = self._finishes(me, cell) and me.work.once.exchanged > 0
         leaves = self._leaving(me, cell)
-        made = sum(sum(me.work.stages[each].gradients) for each in self.plan.stages_of(me.pipeline))
         total = stage.compute[cell.backward] * draw
         inside = stage.inside_seconds(cell.backward)
         slowdown = me.work.slowdown
@@ -423,7 +424,7 @@ class Attempt:
             elif finishes:
                 self._fill(me, step, stage.gradients[layer])
             if leaves and stage.gradients[layer]:
-                seconds = leaves * stage.gradients[layer] / made
+                seconds = leaves * stage.gradients[layer] / me.gradients
                 me.outstanding.append(me.copies.submit(seconds, ("out", step, layer), engine.event("gradients away")))
 
     def _expected(self, me: _Player, cell: Cell) -> int:
@@ -438,7 +439,7 @@ class Attempt:
         whole = me.work.once.exchanged
         if not whole:
             return
-        total = sum(sum(me.work.stages[at].gradients) for at in self.plan.stages_of(me.pipeline))
+        total = me.gradients
         limit = min(float(self.plan.bucket_bytes), total) if me.work.overlaps else total
         me.filled += size_bytes
         if last and not me.work.overlaps:

@@ -35,18 +35,15 @@ from headway.errors import InputError
 from headway.hardware.cluster import Cluster
 from headway.predict.collective import predict_program
 from headway.simulate.network import Conditions, LinkChange, Links
+from headway.simulate.shares import Records, Shares, add_path, new_shares
 from headway.simulate.sharing import (
     TOGETHER,
-    Records,
-    Shares,
     add_flow,
-    add_path,
     cancel_flow,
     change_capacity,
     compiled,
     complete,
     earliest,
-    new_shares,
     refill,
 )
 from headway.timeline import Span, Timeline

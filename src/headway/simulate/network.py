@@ -21,17 +21,8 @@ import numpy as np
 from headway.errors import ClusterError, InputError
 from headway.hardware.cluster import Cluster
 from headway.simulate.engine import Engine, Event, Timer
-from headway.simulate.sharing import (
-    TOGETHER,
-    Shares,
-    add_and_refill,
-    add_path,
-    cancel_flow,
-    change_capacity,
-    complete,
-    grown,
-    new_shares,
-)
+from headway.simulate.shares import Shares, add_path, grown, new_shares
+from headway.simulate.sharing import TOGETHER, add_and_refill, cancel_flow, change_capacity, complete
 from headway.value import Value
 
 __all__ = ["Conditions", "Flow", "LinkChange", "Links", "Network"]

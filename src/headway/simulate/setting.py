@@ -51,10 +51,10 @@ class Setting:
         works: dict[tuple, Work] = {}
         self.works = [self._work_of(kind.one, works) for kind in self.kinds]  # by kind
         # Times that were measured do not follow links that change: what a change does is asked of the formulas.
-        formulas = predictor
-        if predictor.measured is not None:
-            formulas = Predictor(predictor.workload, cluster, predictor.profile)
-        self.usual = _axis_seconds(formulas.parts(plan), plan)
+        usual = self.parts
+        if predictor.measured is not None and any(isinstance(fault, LinkChanged) for fault in faults):
+            usual = Predictor(predictor.workload, cluster, predictor.profile).parts(plan)
+        self.usual = _axis_seconds(usual, plan)
         self.links = self._follow_links()
 
     # -- what sets ranks apart

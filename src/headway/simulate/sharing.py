@@ -15,38 +15,33 @@ Structure of Congestion-Controlled Networks, SIGMETRICS 2020). So `refill` fills
 all others keep their share, and gathers more on the way. A link that fills, and a full link on which somebody stops at
 another level than before, is *opened*: its paths from the present level on are filled with the rest.
 
-Everything here is a function of `Shares`, arrays that know links, paths and flows by number. The rest of the room gives
-them names. Units: bytes, seconds; levels in bytes per second for each unit of weight.
+Everything here is a function of `Shares` (shares.py), arrays that know links, paths and flows by number. The rest of
+the room gives them names. Units: bytes, seconds; levels in bytes per second for each unit of weight.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-import numba
 import numpy as np
+
+from headway.compiled import compiled as compile_and_keep
+from headway.simulate.shares import ACTIVE, CHANGED, DIRTY, GATHERED, HEAP, SEEN, STAMP, TO_OPEN, TOUCHED, Shares
 
 __all__ = [
     "TOGETHER",
-    "Records",
-    "Shares",
     "add_and_refill",
     "add_flow",
-    "add_path",
     "cancel_flow",
     "change_capacity",
     "compiled",
     "complete",
     "earliest",
-    "grown",
-    "new_shares",
     "refill",
 ]
 
-# Positions in Shares.counters.
-_STAMP, _ACTIVE, _TOUCHED, _CHANGED, _DIRTY, _SEEN, _TO_OPEN, _GATHERED, _HEAP, _PATHS, _SLOTS, _MEMBERS = range(12)
 # What finishes within this part of the time that has passed finishes together: the rounding of sums of a million terms.
 TOGETHER = 1e-13
 # A level that differs by less from the one before is the one before, so that rounding does not spread.
@@ -59,199 +54,33 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     References to arrays are not counted: nothing in this room's kernels owns or allocates memory, and to count the
     references to all arrays of the state at each call took four fifths of the time.
     """
-    return numba.njit(**_OPTIONS)(function)
+    return compile_and_keep(**_OPTIONS)(function)
 
 
 def _inlined(function: Callable[..., Any]) -> Callable[..., Any]:
-    return numba.njit(**_OPTIONS, inline="always")(function)
+    return compile_and_keep(**_OPTIONS, inline="always")(function)
 
 
-_OPTIONS: dict[str, Any] = {"cache": True, "_nrt": False}
-
-
-_LINK = np.dtype(
-    [
-        # While refilling
-        ("left", "f8"),  # bytes per second that nobody has yet
-        ("growing", "f8"),  # weight of the gathered paths on it that still grow
-        ("count", "i8"),  # how many these are
-        ("filled", "f8"),  # the level found
-        ("seat", "i8"),  # in the heap; -1: not there
-        ("is_seen", "i8"),  # stamp: a gathered path is on it
-        ("opened", "f8"),  # its paths from this level on are gathered; infinity: not opened
-        ("is_dirty", "i8"),  # stamp: other flows, or another capacity, than the last time
-        # Always
-        ("nominal", "f8"),  # bytes per second before congestion
-        ("capacity", "f8"),  # what is left of it
-        ("load", "f8"),  # bytes per second that were given out
-        ("level", "f8"),  # infinity: not full
-        ("flows", "i8"),
-        ("first", "i8"),  # its active paths: members[first : first + size]
-        ("size", "i8"),
-        ("known", "i8"),  # slots of all paths that are known
-        ("room", "i8"),  # for so many members
-        # Lists of links; what stands in row n has nothing to do with link n
-        ("changed", "i8"),  # capacity was changed by hand
-        ("dirty", "i8"),
-        ("seen", "i8"),
-        ("to_open", "i8"),
-        ("heap", "i8"),
-        ("key", "f8"),  # of the heap
-    ]
-)
-# 64 bytes, a line of the cache: filling visits these at random.
-_PATH = np.dtype(
-    [
-        ("start", "i4"),  # its slots: start to stop
-        ("stop", "i4"),
-        ("flows", "i4"),
-        ("known_flows", "i4"),  # when it was last filled
-        ("weight", "f8"),  # of all its flows
-        ("known_weight", "f8"),
-        ("level", "f8"),
-        ("next_level", "f8"),
-        ("in_gathered", "i8"),  # stamp
-        ("is_frozen", "i8"),  # whether it has stopped growing
-    ]
-)
-_QUEUE = np.dtype(
-    [
-        ("service", "f8"),  # bytes for each unit of weight, up to `updated`
-        ("updated", "f8"),
-        ("root", "i8"),  # of the heap of flows; -1: none
-        ("place", "i8"),  # in the list of active paths
-        ("is_touched", "i8"),
-        # Lists of paths
-        ("active", "i8"),  # with flows
-        ("touched", "i8"),  # flows have come or gone
-        ("gathered", "i8"),
-    ]
-)
-_SLOT = np.dtype([("link", "i4"), ("place", "i4")])  # where it stands among the link's members
-_MEMBER = np.dtype([("path", "i4"), ("slot", "i4")])
-_FLOW = np.dtype(
-    [
-        ("threshold", "f8"),
-        ("weight", "f8"),
-        ("path", "i8"),
-        ("child", "i8"),
-        ("sibling", "i8"),
-        ("previous", "i8"),  # the sibling before, or the parent of a first child
-        ("done", "i8"),  # list: what `complete` has found
-    ]
-)
-
-
-# An array of records. Their fields are attributes in compiled code only, which type checkers do not know.
-Records = Any
-
-
-class Shares(NamedTuple):
-    """The state, as arrays of records, one for each link, path (twice), slot (one link of one path) and flow."""
-
-    counters: np.ndarray
-    congestion: np.ndarray  # flows that a link carries without loss, share lost with each more, least share left
-    links: Records
-    paths: Records  # how they share
-    queues: Records  # the flows of each path
-    due: np.ndarray  # when the first flow of each active path will be done, in the order of that list
-    slots: Records
-    members: Records  # for each link, one behind the other, the slots of its active paths
-    flows: Records
-
-
-def new_shares(
-    bytes_per_second: np.ndarray,
-    *,
-    paths: int,
-    slots: int,
-    flows: int,
-    congestion: tuple[float, float, float] = (1.0, 0.0, 0.0),
-) -> Shares:
-    """Empty state for links of these capacities, with room for so many paths, slots in all paths, and flows."""
-    links = _blank(_LINK, len(bytes_per_second))
-    links["nominal"] = links["capacity"] = bytes_per_second
-    return Shares(
-        counters=np.zeros(12, dtype=np.int64),
-        congestion=np.array(congestion, dtype=np.float64),
-        links=links,
-        paths=_blank(_PATH, paths),
-        queues=_blank(_QUEUE, paths),
-        due=np.full(max(1, paths), math.inf),
-        slots=_blank(_SLOT, slots),
-        members=_blank(_MEMBER, 4 * slots),
-        flows=_blank(_FLOW, flows),
-    )
-
-
-def _blank(kind: np.dtype, length: int) -> np.ndarray:
-    rows = np.zeros(max(1, length), dtype=kind)
-    if kind is _LINK:
-        rows["level"] = math.inf
-    if kind is _QUEUE:
-        rows["root"] = -1
-    return rows
-
-
-def grown(shares: Shares, *, paths: int, slots: int, flows: int) -> Shares:
-    """The same state with room for at least so many paths, slots and flows."""
-    return shares._replace(
-        paths=_longer(shares.paths, _PATH, paths),
-        queues=_longer(shares.queues, _QUEUE, paths),
-        due=_longer(shares.due, shares.due.dtype, paths),
-        slots=_longer(shares.slots, _SLOT, slots),
-        # A link's members move to twice the room when there are too many: less than four times the slots in all.
-        members=_longer(shares.members, _MEMBER, 4 * slots),
-        flows=_longer(shares.flows, _FLOW, flows),
-    )
-
-
-def _longer(rows: np.ndarray, kind: np.dtype, length: int) -> np.ndarray:
-    if length <= len(rows):
-        return rows
-    longer = _blank(kind, max(length, 2 * len(rows)))
-    longer[: len(rows)] = rows
-    return longer
-
-
-def add_path(shares: Shares, links: Sequence[int]) -> int:
-    """Make a path over these links known, and say its number. There must be room (see `grown`)."""
-    path, slot = int(shares.counters[_PATHS]), int(shares.counters[_SLOTS])
-    shares.paths["start"][path] = slot
-    shares.paths["stop"][path] = slot + len(links)
-    shares.slots["link"][slot : slot + len(links)] = links
-    shares.counters[_PATHS] += 1
-    shares.counters[_SLOTS] += len(links)
-    for link in links:
-        row = shares.links[link]
-        row["known"] += 1
-        if row["known"] > row["room"]:
-            room = max(1, 2 * int(row["room"]))
-            first, start = int(row["first"]), int(shares.counters[_MEMBERS])
-            shares.members[start : start + row["size"]] = shares.members[first : first + row["size"]]
-            shares.slots["place"][shares.members["slot"][start : start + row["size"]]] += start - first
-            row["first"], row["room"] = start, room
-            shares.counters[_MEMBERS] += room
-    return path
+_OPTIONS: dict[str, Any] = {"_nrt": False}
 
 
 @compiled
 def change_capacity(s: Shares, link: int, bytes_per_second: float) -> None:
     """From the next `refill` on, the link carries so many bytes per second."""
     s.links[link].nominal = bytes_per_second
-    for position in range(s.counters[_CHANGED]):
+    for position in range(s.counters[CHANGED]):
         if s.links[position].changed == link:
             return
-    s.links[s.counters[_CHANGED]].changed = link
-    s.counters[_CHANGED] += 1
+    s.links[s.counters[CHANGED]].changed = link
+    s.counters[CHANGED] += 1
 
 
 @_inlined
 def _touch(s: Shares, path: int) -> None:
     if not s.queues[path].is_touched:
         s.queues[path].is_touched = 1
-        s.queues[s.counters[_TOUCHED]].touched = path
-        s.counters[_TOUCHED] += 1
+        s.queues[s.counters[TOUCHED]].touched = path
+        s.counters[TOUCHED] += 1
 
 
 @compiled
@@ -353,7 +182,7 @@ def complete(s: Shares, now: float) -> int:
     """End the flows that are done at `now`; how many they are, at the front of `flows.done`."""
     done = 0
     close = now * TOGETHER
-    for position in range(s.counters[_ACTIVE]):
+    for position in range(s.counters[ACTIVE]):
         if s.due[position] > now + close:
             continue
         path = s.queues[position].active
@@ -374,7 +203,7 @@ def complete(s: Shares, now: float) -> int:
 def earliest(s: Shares) -> float:
     """When the next flow will be done, if nothing changes before; infinity if none. After `refill` only."""
     first = math.inf
-    for position in range(s.counters[_ACTIVE]):
+    for position in range(s.counters[ACTIVE]):
         first = min(first, s.due[position])
     return first
 
@@ -400,9 +229,9 @@ def _enlist(s: Shares, path: int) -> None:
         s.slots[slot].place = place
         s.members[place].path = path
         s.members[place].slot = slot
-    s.queues[s.counters[_ACTIVE]].active = path
-    s.queues[path].place = s.counters[_ACTIVE]
-    s.counters[_ACTIVE] += 1
+    s.queues[s.counters[ACTIVE]].active = path
+    s.queues[path].place = s.counters[ACTIVE]
+    s.counters[ACTIVE] += 1
 
 
 @compiled
@@ -416,11 +245,11 @@ def _delist(s: Shares, path: int) -> None:
         s.members[place].slot = s.members[end].slot
         s.slots[s.members[place].slot].place = place
         s.links[link].load -= s.paths[path].known_weight * s.paths[path].level
-    s.counters[_ACTIVE] -= 1
-    last = s.queues[s.counters[_ACTIVE]].active
+    s.counters[ACTIVE] -= 1
+    last = s.queues[s.counters[ACTIVE]].active
     s.queues[s.queues[path].place].active = last
     s.queues[last].place = s.queues[path].place
-    s.due[s.queues[last].place] = s.due[s.counters[_ACTIVE]]
+    s.due[s.queues[last].place] = s.due[s.counters[ACTIVE]]
     # The next flow on this path starts from nothing, so that thresholds keep their digits.
     s.paths[path].level = 0.0
     s.queues[path].service = 0.0
@@ -430,10 +259,10 @@ def _delist(s: Shares, path: int) -> None:
 
 @_inlined
 def _soil(s: Shares, link: int) -> None:
-    if s.links[link].is_dirty != s.counters[_STAMP]:
-        s.links[link].is_dirty = s.counters[_STAMP]
-        s.links[s.counters[_DIRTY]].dirty = link
-        s.counters[_DIRTY] += 1
+    if s.links[link].is_dirty != s.counters[STAMP]:
+        s.links[link].is_dirty = s.counters[STAMP]
+        s.links[s.counters[DIRTY]].dirty = link
+        s.counters[DIRTY] += 1
 
 
 @compiled
@@ -441,7 +270,7 @@ def _note_changes(s: Shares, now: float) -> None:
     """Bring the lists of links and paths up to date; find the dirty links, and gather the paths that have changed."""
     counters = s.counters
     changed = 0
-    for position in range(counters[_TOUCHED]):
+    for position in range(counters[TOUCHED]):
         path = s.queues[position].touched
         s.queues[path].is_touched = 0
         flows, known = s.paths[path].flows, s.paths[path].known_flows
@@ -460,11 +289,11 @@ def _note_changes(s: Shares, now: float) -> None:
             _enlist(s, path)
         s.queues[changed].touched = path  # the front of the list has been read
         changed += 1
-    counters[_TOUCHED] = 0
-    for position in range(counters[_CHANGED]):
+    counters[TOUCHED] = 0
+    for position in range(counters[CHANGED]):
         _soil(s, s.links[position].changed)
-    counters[_CHANGED] = 0
-    for position in range(counters[_DIRTY]):
+    counters[CHANGED] = 0
+    for position in range(counters[DIRTY]):
         link = s.links[position].dirty
         lost = s.congestion[1] * max(0.0, s.links[link].flows - s.congestion[0])
         s.links[link].capacity = s.links[link].nominal * (max(s.congestion[2], 1.0 - lost) if lost > 0.0 else 1.0)
@@ -476,25 +305,25 @@ def _note_changes(s: Shares, now: float) -> None:
 @_inlined
 def _see(s: Shares, link: int) -> None:
     """Start to count what is left on a link."""
-    if s.links[link].is_seen != s.counters[_STAMP]:
-        s.links[link].is_seen = s.counters[_STAMP]
+    if s.links[link].is_seen != s.counters[STAMP]:
+        s.links[link].is_seen = s.counters[STAMP]
         s.links[link].left = s.links[link].capacity - s.links[link].load
         s.links[link].growing = 0.0
         s.links[link].count = 0
         s.links[link].filled = math.inf
         s.links[link].opened = math.inf
         s.links[link].seat = -1
-        s.links[s.counters[_SEEN]].seen = link
-        s.counters[_SEEN] += 1
+        s.links[s.counters[SEEN]].seen = link
+        s.counters[SEEN] += 1
 
 
 @_inlined
 def _gather(s: Shares, path: int) -> None:
     """A path gives back what it has and grows with the others."""
-    s.paths[path].in_gathered = s.counters[_STAMP]
+    s.paths[path].in_gathered = s.counters[STAMP]
     s.paths[path].is_frozen = 0
-    s.queues[s.counters[_GATHERED]].gathered = path
-    s.counters[_GATHERED] += 1
+    s.queues[s.counters[GATHERED]].gathered = path
+    s.counters[GATHERED] += 1
     weight = s.paths[path].weight
     before = s.paths[path].known_weight * s.paths[path].level
     for slot in range(s.paths[path].start, s.paths[path].stop):
@@ -509,7 +338,7 @@ def _gather(s: Shares, path: int) -> None:
 @compiled
 def _open(s: Shares, link: int, level: float) -> None:
     """Gather the paths on a link that were filled to `level` or more, and add up anew what is left of it."""
-    stamp = s.counters[_STAMP]
+    stamp = s.counters[STAMP]
     _see(s, link)
     s.links[link].opened = level
     level *= 1 - 1e-9  # levels are rounded; a path too many does no harm
@@ -535,8 +364,8 @@ def _seat(s: Shares, link: int) -> None:
     key = max(0.0, s.links[link].left / s.links[link].growing)
     at = s.links[link].seat
     if at < 0:
-        at = s.counters[_HEAP]
-        s.counters[_HEAP] += 1
+        at = s.counters[HEAP]
+        s.counters[HEAP] += 1
     elif key >= s.links[at].key:
         return
     while at > 0:
@@ -555,7 +384,7 @@ def _seat(s: Shares, link: int) -> None:
 @_inlined
 def _sift(s: Shares, key: float, link: int) -> None:
     """Put a link at the top of the heap, and then down to where it belongs."""
-    at, size = 0, s.counters[_HEAP]
+    at, size = 0, s.counters[HEAP]
     while True:
         child = 2 * at + 1
         if child >= size:
@@ -597,7 +426,7 @@ def _fills_at_least_at(s: Shares, link: int) -> float:
 @_inlined
 def _freeze(s: Shares, link: int, level: float) -> None:
     """The link is full: what grows on it has reached its level."""
-    stamp = s.counters[_STAMP]
+    stamp = s.counters[STAMP]
     s.links[link].filled = level
     for place in range(s.links[link].first, s.links[link].first + s.links[link].size):
         path = s.members[place].path
@@ -620,8 +449,8 @@ def _freeze(s: Shares, link: int, level: float) -> None:
             if is_less and s.links[at].level < math.inf and s.links[at].opened > level:
                 # What it leaves there is for those whom that link holds back.
                 s.links[at].opened = level
-                s.links[s.counters[_TO_OPEN]].to_open = at
-                s.counters[_TO_OPEN] += 1
+                s.links[s.counters[TO_OPEN]].to_open = at
+                s.counters[TO_OPEN] += 1
 
 
 @compiled
@@ -631,18 +460,18 @@ def refill(s: Shares, now: float) -> int:
     To be called once when everything has changed that changes at an instant, before the clock moves.
     """
     counters = s.counters
-    if counters[_TOUCHED] == 0 and counters[_CHANGED] == 0:
+    if counters[TOUCHED] == 0 and counters[CHANGED] == 0:
         return 0
-    counters[_STAMP] += 1
-    counters[_DIRTY] = counters[_SEEN] = counters[_TO_OPEN] = counters[_GATHERED] = counters[_HEAP] = 0
+    counters[STAMP] += 1
+    counters[DIRTY] = counters[SEEN] = counters[TO_OPEN] = counters[GATHERED] = counters[HEAP] = 0
     _note_changes(s, now)
-    for position in range(counters[_DIRTY]):
+    for position in range(counters[DIRTY]):
         link = s.links[position].dirty
         # A link that was not full concerns nobody, until it fills.
         if s.links[link].level < math.inf or s.links[link].load > s.links[link].capacity:
             _open(s, link, min(s.links[link].level, _fills_at_least_at(s, link)))
     reached = 0.0
-    while counters[_HEAP]:
+    while counters[HEAP]:
         link = s.links[0].heap
         level = reached
         if s.links[link].count:
@@ -659,30 +488,30 @@ def refill(s: Shares, now: float) -> int:
                 continue
         # Out of the heap before it is filled: links that are opened then may come to the top, and this one come again.
         s.links[link].seat = -1
-        counters[_HEAP] -= 1
-        if counters[_HEAP]:
-            _sift(s, s.links[counters[_HEAP]].key, s.links[counters[_HEAP]].heap)
+        counters[HEAP] -= 1
+        if counters[HEAP]:
+            _sift(s, s.links[counters[HEAP]].key, s.links[counters[HEAP]].heap)
         if s.links[link].count:
             reached = level
             _freeze(s, link, level)
-            while counters[_TO_OPEN]:
-                counters[_TO_OPEN] -= 1
-                _open(s, s.links[counters[_TO_OPEN]].to_open, level)
-    for position in range(counters[_SEEN]):
+            while counters[TO_OPEN]:
+                counters[TO_OPEN] -= 1
+                _open(s, s.links[counters[TO_OPEN]].to_open, level)
+    for position in range(counters[SEEN]):
         link = s.links[position].seen
         if s.links[link].opened < math.inf:
             s.links[link].level = s.links[link].filled
             s.links[link].load = s.links[link].capacity - s.links[link].left
         elif s.links[link].level == math.inf:
             s.links[link].load = s.links[link].capacity - s.links[link].left
-    for position in range(counters[_GATHERED]):
+    for position in range(counters[GATHERED]):
         path = s.queues[position].gathered
         _serve(s, path, now)
         s.paths[path].level = s.paths[path].next_level
         s.paths[path].known_weight = s.paths[path].weight
         s.paths[path].known_flows = s.paths[path].flows
         _schedule(s, path, now)
-    return counters[_GATHERED]
+    return counters[GATHERED]
 
 
 @compiled

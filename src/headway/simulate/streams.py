@@ -73,14 +73,14 @@ class Media:
 
     def __init__(self, engine: Engine, capacities: int, paths: Sequence[Sequence[int]]) -> None:
         # Imported here: compiling takes a moment, and most steps share nothing.
-        from headway.simulate import sharing
+        from headway.simulate import shares, sharing
 
         self.engine = engine
         self._sharing = sharing
         slots = sum(len(path) for path in paths)
-        self._shares = sharing.new_shares(np.ones(capacities), paths=len(paths), slots=slots, flows=len(paths))
+        self._shares = shares.new_shares(np.ones(capacities), paths=len(paths), slots=slots, flows=len(paths))
         for path in paths:
-            sharing.add_path(self._shares, path)
+            shares.add_path(self._shares, path)
         self._done: dict[int, Callable[[], object]] = {}
         self._starting: list[tuple[int, float]] = []
         self._timer: Timer | None = None

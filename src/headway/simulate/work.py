@@ -30,7 +30,7 @@ class Work(NamedTuple):
 def work_of(predictor: Predictor, plan: Plan, rank: int, kinds: tuple[Accelerator, ...]) -> Work:
     """The work of pipeline rank `rank` on devices of these kinds."""
     times = predictor.stages
-    layout = times.layout_of(plan)
+    layout = times.layouts.of(plan)
     channels = layout.channels[rank]
     overlaps = times.overlaps(plan, kinds)
     return Work(

@@ -181,12 +181,13 @@ class ActivationSwap:
             first = [leaves]  # for the forward pass; emptied there, so that nothing here keeps them
             del leaves
 
-            def compute() -> Any:
+            # `checkpoint` repeats the random numbers of those devices that its positional arguments lie on.
+            def compute(_where: torch.Tensor) -> Any:
                 given = first.pop() if first else self._bring_back(packed, needs)
                 positional, named = tree_unflatten(given, structure)
                 return forward(*positional, **named)
 
-            output = checkpoint(compute, use_reentrant=False)
+            output = checkpoint(compute, torch.empty(0, device=self.store.device), use_reentrant=False)
             self._watch(visit, output)
             return output
 

@@ -29,22 +29,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
 
 from headway.errors import CheckpointError, FileError, HeadwayError, Interrupted
 from headway.memory.tiling import Tile
-from headway.train.infinity_groups import described, local_of
+from headway.train.checkpoint_state import (
+    Later,
+    copy_to_ties,
+    local_shape,
+    model_of,
+    part_of_whole,
+    put_states,
+    room_for_states,
+    share_of_whole,
+    state_of,
+)  # fmt: skip
 from headway.train.lost_peers import causes, lost_peer
-from headway.train.tiles import RowsOfWhole, place_of
+from headway.train.tiles import RowsOfWhole
 from headway.value import read_text, write_atomically
 
 if TYPE_CHECKING:
-    from headway.train.offload import OffloadedOptimizer, Share
+    from headway.train.offload import OffloadedOptimizer
     from headway.train.parallel import Parallel
     from headway.train.remote_checkpoint import Reader, RemoteCheckpoints
 
@@ -101,7 +108,7 @@ def write_out(
     """
     final = partial = None
     state: dict[str, Any] = {}
-    later: _Later = {}
+    later: Later = {}
 
     def bring(reader: Reader, key: str, entry: TensorStorageMetadata) -> torch.Tensor:
         if is_stopped():
@@ -142,7 +149,7 @@ def write_out(
 def _write(parallel: Parallel, writer: dcp.StorageWriter, step: int, scheduler: Any) -> None:
     if parallel.offload is not None:
         parallel.offload.settle()
-    state, later = _state(parallel)
+    state, later = state_of(parallel)
     state["step"] = step
     state["groups"] = [
         {key: value for key, value in group.items() if key != "params"} for group in parallel.optimizer.param_groups
@@ -152,7 +159,7 @@ def _write(parallel: Parallel, writer: dcp.StorageWriter, step: int, scheduler: 
     state[f"rng.{parallel.rank}"] = torch.get_rng_state()
     if parallel.device.type == "cuda":
         state[f"cuda_rng.{parallel.rank}"] = torch.cuda.get_rng_state(parallel.device)
-    with _quietly(), parallel.present():
+    with _quietly():
         dcp.save(state, storage_writer=writer, planner=_Planner(later), no_dist=parallel.mesh is None)
 
 
@@ -170,8 +177,9 @@ def load(path: Path | RemoteCheckpoints, parallel: Parallel, *, scheduler: Any =
 def _load(path: _Opened, parallel: Parallel, scheduler: Any) -> int:
     known = _metadata(path).state_dict_metadata
     _check_model(path, parallel, known)
-    states, held = _room_for_states(parallel, known) if parallel.offload is None else ({}, {})
-    wanted: dict[str, Any] = {f"model.{name}": tensor for name, tensor in _model(parallel)}
+    states, held = room_for_states(parallel, known) if parallel.offload is None else ({}, {})
+    rested = {id(parameter) for infinity in parallel.infinities for parameter, _ in infinity.rested()}
+    wanted: dict[str, Any] = {f"model.{name}": tensor for name, tensor in model_of(parallel, without=rested)}
     wanted.update(states)
     wanted.update(dict.fromkeys(key for key in ("step", "groups", "scheduler") if key in known))
     generators = [f"{kind}.{parallel.rank}" for kind in ("rng", "cuda_rng")]
@@ -180,19 +188,21 @@ def _load(path: _Opened, parallel: Parallel, scheduler: Any) -> int:
         if isinstance(entry, TensorStorageMetadata):
             wanted[key] = torch.empty(entry.size, dtype=torch.uint8)
     try:
-        with _quietly(), torch.no_grad(), parallel.present(changed=True):
+        with _quietly(), torch.no_grad():
             _read(wanted, path, alone=parallel.mesh is None)
+            _load_rested(path, parallel)
             if parallel.offload is not None:
                 _load_offloaded(path, parallel, parallel.offload, known)
     except (CheckpointException, OSError, RuntimeError, KeyError, EOFError) as error:
         if (lost := lost_peer(error)) is not None:
             raise lost from None
         raise _failed(error, path, "read") from error
-    _put_states(parallel, wanted, held)
-    with parallel.present(changed=True):
-        _copy_to_ties(parallel)
     for group, saved in zip(parallel.optimizer.param_groups, wanted["groups"], strict=False):
         group.update(saved)
+    put_states(parallel, wanted, held)
+    if any(len(tie.copies) > 1 for tie in parallel.ties):
+        with parallel.present(changed=True):
+            copy_to_ties(parallel)
     if scheduler is not None and wanted.get("scheduler") is not None:
         scheduler.load_state_dict(wanted["scheduler"])
     # Another number of ranks has other generators; then they go on from the script's seed.
@@ -245,87 +255,39 @@ def latest(directory: str | Path) -> Path | None:
     return Path(directory) / read_text(pointer).strip()
 
 
-# What a rank holds, as parts of wholes
+# Reading, and writing what is made only when it is written
 
 
-_Later = dict[str | tuple[str, tuple[int, ...]], Callable[[], torch.Tensor]]
-"""By key, or by key and where in the whole a tile's rows begin: how to get what is read only when it is written."""
+class _Planner(DefaultSavePlanner):
+    """Our keys are flat already, and their values are to stay whole; some are made only when they are written."""
+
+    def __init__(self, later: Later) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._later = later
+
+    def lookup_object(self, index: Any) -> Any:
+        make = self._later.get(index.fqn) or self._later.get((index.fqn, tuple(index.offset or ())))
+        return super().lookup_object(index) if make is None else make()
 
 
-def _state(parallel: Parallel) -> tuple[dict[str, Any], _Later]:
-    """What a rank holds, by key; and for what is read from its tier only when it is written, how to get it."""
-    state: dict[str, Any] = {f"model.{name}": tensor for name, tensor in _model(parallel)}
-    if parallel.offload is not None:
-        later = _offloaded_state(parallel, parallel.offload, state)
-        return state, later
-    states = _states(parallel)
+def _load_rested(path: _Opened, parallel: Parallel) -> None:
+    """Bring the parameters that rest off the device to their tier, one group at a time."""
     tiles = parallel.tiles()
-    tiled: list[tuple[str, Tile, torch.Tensor]] = []
-    for name, parameter in parallel.parameters():
-        for key, value in states.get(parameter, {}).items():
-            if id(parameter) in tiles and value.shape == parameter.shape:
-                tiled.append((f"optimizer.{name}.{key}", tiles[id(parameter)], value))
-            else:
-                state[f"optimizer.{name}.{key}"] = _part(parallel, name, parameter, value)
-    state.update(RowsOfWhole.gather(tiled))
-    return state, {}
-
-
-def _offloaded_state(parallel: Parallel, offload: OffloadedOptimizer, state: dict[str, Any]) -> _Later:
-    """Put what the optimizer keeps off the device into `state`, as tensors without memory; key → how to read it.
-
-    So no more of it comes to the host at once than one tensor, however much of it rests on disk.
-    """
-    later: _Later = {}
-    tiles = parallel.tiles()
-    tiled: list[tuple[str, Tile, torch.Tensor]] = []
-
-    def put(key: str, share: Share, read: Callable[[], torch.Tensor]) -> None:
-        empty = _of_share(parallel, share, torch.empty(_local_shape(share), device="meta"))
-        tile = tiles.get(id(share.parameter))
-        if tile is None:
-            state[key] = _part(parallel, share.name, share.parameter, empty)
-            later[key] = read
-        else:
-            tiled.append((key, tile, empty))
-            later[key, place_of(tile, empty)] = read
-
-    for share in offload.all_shares:
-        name = share.name
-        shape = _local_shape(share)
-        if share.dtype != torch.float32:
-            put(f"model.{name}", share, lambda share=share, shape=shape: offload.master_of(share).view(shape))
-        for moment in offload.moment_names(share):
-            put(
-                f"optimizer.{name}.{moment}",
-                share,
-                lambda share=share, shape=shape, moment=moment: offload.moment_of(share, moment).view(shape),
-            )
-        if share.steps and offload.counts_steps(share):
-            state[f"optimizer.{name}.step"] = torch.tensor(float(share.steps))
-    state.update(RowsOfWhole.gather(tiled))
-    return later
-
-
-def _local_shape(share: Share) -> tuple[int, ...]:
-    """The shape of a rank's share of a parameter."""
-    local = local_of(share.parameter)
-    return tuple(local.shape) if share.rows is None else (share.rows[1] - share.rows[0], *local.shape[1:])
-
-
-def _of_share(parallel: Parallel, share: Share, local: torch.Tensor) -> torch.Tensor:
-    """A rank's share of a tensor as the part that it is of what the replicas hold together."""
-    parameter = share.parameter
-    if isinstance(parameter, DTensor):
-        mesh, placements = parameter.device_mesh, parameter.placements
-    elif share.rows is not None:
-        assert parallel.mesh is not None
-        mesh, placements = parallel.mesh["data"], (Shard(0),)
-    else:
-        return local
-    return DTensor.from_local(
-        local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
-    )
+    names = {id(parameter): name for name, parameter in parallel.parameters()}
+    for infinity in parallel.infinities:
+        for group in infinity.groups:
+            infinity.bring(group)
+            wanted: dict[str, Any] = {}
+            tiled: list[tuple[str, Tile, torch.Tensor]] = []
+            for member in group.members:
+                key, values = f"model.{names[id(member.slice)]}", member.slice.detach()
+                if (tile := tiles.get(id(member.slice))) is not None:
+                    tiled.append((key, tile, values))
+                else:
+                    wanted[key] = part_of_whole(parallel, names[id(member.slice)], member.slice, values)
+            _read({**wanted, **RowsOfWhole.gather(tiled)}, path, alone=True)
+            infinity.put_back(group)
+            infinity.settle(group)
 
 
 def _load_offloaded(path: _Opened, parallel: Parallel, offload: OffloadedOptimizer, known: Any) -> None:
@@ -339,159 +301,18 @@ def _load_offloaded(path: _Opened, parallel: Parallel, offload: OffloadedOptimiz
             full = f"model.{share.name}" if key == "model" else f"optimizer.{share.name}.{key}"
             if full not in known:
                 continue
-            rooms[key] = torch.zeros(() if key == "step" else _local_shape(share))
-            part = rooms[key] if key == "step" else _of_share(parallel, share, rooms[key])
+            # Where the mesh is: a part of a DTensor that lies elsewhere would be copied there, and the copy read into.
+            rooms[key] = torch.zeros(()) if key == "step" else torch.zeros(local_shape(share), device=parallel.device)
+            part = rooms[key] if key == "step" else share_of_whole(parallel, share, rooms[key])
             if tile is not None and key != "step":
                 wanted[full] = RowsOfWhole([(tile, part)])
             else:
-                wanted[full] = part if key == "step" else _part(parallel, share.name, share.parameter, part)
+                wanted[full] = part if key == "step" else part_of_whole(parallel, share.name, share.parameter, part)
         # Each rank for itself: that of an empty share has nothing to read, and collectives would wait for it.
         _read(wanted, path, alone=True)
-        master = rooms.pop("model").reshape(-1)
+        master = rooms.pop("model").cpu().reshape(-1)
         steps = int(rooms.pop("step").item()) if "step" in rooms else int(bool(rooms))
-        offload.put(share, master, {name: room.reshape(-1) for name, room in rooms.items()}, steps)
-
-
-class _Planner(DefaultSavePlanner):
-    """Our keys are flat already, and their values are to stay whole; some are made only when they are written."""
-
-    def __init__(self, later: _Later) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._later = later
-
-    def lookup_object(self, index: Any) -> Any:
-        make = self._later.get(index.fqn) or self._later.get((index.fqn, tuple(index.offset or ())))
-        return super().lookup_object(index) if make is None else make()
-
-
-def _model(parallel: Parallel) -> Iterator[tuple[str, Any]]:
-    seen: set[str] = set()
-    tiles = parallel.tiles()
-    held = [(name, tiles[id(p)], described(p)) for name, p in parallel.parameters() if id(p) in tiles]
-    yield from RowsOfWhole.gather(held).items()
-    for name, parameter in parallel.parameters():
-        if name not in seen and id(parameter) not in tiles:
-            seen.add(name)
-            yield name, _part(parallel, name, parameter, described(parameter))
-    for piece in parallel.pieces:
-        for path, module in piece.module.model.named_modules():
-            for key, buffer in module._buffers.items():
-                name = f"{path}.{key}" if path else key
-                if buffer is not None and key not in module._non_persistent_buffers_set and name not in seen:
-                    seen.add(name)
-                    yield name, buffer
-
-
-def _part(parallel: Parallel, name: str, parameter: nn.Parameter, value: Any) -> Any:
-    """A parameter, or a state of its shape, as the part of the whole tensor that it is."""
-    dim = parallel.tensor_dims.get(name)
-    if dim is None or not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
-        return value
-    assert parallel.mesh is not None
-    plan = parallel.plan
-    shape = list(value.shape)
-    shape[dim] *= plan.tensor
-    stride = torch.empty(shape, device="meta").stride()
-    if not isinstance(value, DTensor):
-        return DTensor.from_local(
-            value, parallel.mesh["tensor"], (Shard(dim),), run_check=False, shape=torch.Size(shape), stride=stride
-        )
-    # ZeRO divided, along dimension 0, what tensor parallelism had divided before: the same nesting that fully_shard
-    # itself writes down for a model whose parameters are DTensors.
-    outer = _StridedShard(0, split_factor=plan.tensor) if dim == 0 else Shard(0)
-    return DTensor.from_local(
-        value.to_local(),
-        parallel.mesh["data", "tensor"],
-        (outer, Shard(dim)),
-        run_check=False,
-        shape=torch.Size(shape),
-        stride=stride,
-    )
-
-
-def _states(parallel: Parallel) -> dict[nn.Parameter, dict[str, Any]]:
-    return (parallel.optimizer if parallel.zero is None else parallel.zero.optim).state  # type: ignore[return-value]
-
-
-def _room_for_states(parallel: Parallel, known: Any) -> tuple[dict[str, Any], dict[str, tuple[nn.Parameter, str, Any]]]:
-    """Empty states for the parameters that this rank updates: key → what to load, key → (parameter, name, tensor)."""
-    inner = parallel.optimizer if parallel.zero is None else parallel.zero.optim
-    updated = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
-    by_parameter: dict[str, list[str]] = {}
-    for key in known:
-        if key.startswith("optimizer."):
-            name, _, state = key.removeprefix("optimizer.").rpartition(".")
-            by_parameter.setdefault(name, []).append(state)
-    wanted: dict[str, Any] = {}
-    held: dict[str, tuple[nn.Parameter, str, Any]] = {}
-    tiles = parallel.tiles()
-    tiled: list[tuple[str, nn.Parameter, str, Any]] = []
-    for name, parameter in parallel.parameters():
-        if id(parameter) not in updated:
-            continue
-        for state in by_parameter.get(name, ()):
-            key = f"optimizer.{name}.{state}"
-            entry = known[key]
-            if id(parameter) in tiles:
-                tiled.append((key, parameter, state, entry))
-                continue
-            if key in held:
-                continue
-            room: Any = None
-            if isinstance(entry, TensorStorageMetadata):
-                whole = _part(parallel, name, parameter, described(parameter)).shape
-                if entry.size == whole and entry.size:
-                    room = torch.zeros_like(parameter, dtype=entry.properties.dtype, requires_grad=False)
-                else:
-                    room = torch.zeros(entry.size, dtype=entry.properties.dtype)
-            wanted[key] = _part(parallel, name, parameter, room)
-            held[key] = (parameter, state, room)
-    _room_for_tiles(parallel, tiled, wanted, held)
-    return wanted, held
-
-
-def _room_for_tiles(
-    parallel: Parallel,
-    tiled: list[tuple[str, nn.Parameter, str, Any]],
-    wanted: dict[str, Any],
-    held: dict[str, tuple[nn.Parameter, str, Any]],
-) -> None:
-    """The states of layers in tiles: each tile has its own, and together they are the untiled one's."""
-    tiles = parallel.tiles()
-    rows: list[tuple[str, Tile, torch.Tensor]] = []
-    for number, (key, parameter, state, entry) in enumerate(tiled):
-        room: Any = None
-        if isinstance(entry, TensorStorageMetadata):
-            if tuple(entry.size) == tiles[id(parameter)].whole:
-                room = torch.zeros_like(parameter, dtype=entry.properties.dtype, requires_grad=False)
-                rows.append((key, tiles[id(parameter)], room))
-            else:  # a number for the whole tensor, like its step: every tile has it
-                room = torch.zeros(entry.size, dtype=entry.properties.dtype)
-                wanted[key] = room = wanted.get(key, room)
-        held[f"{key}#{number}"] = (parameter, state, room)
-    wanted.update(RowsOfWhole.gather(rows))
-
-
-def _put_states(parallel: Parallel, loaded: dict[str, Any], held: dict[str, tuple[nn.Parameter, str, Any]]) -> None:
-    states = _states(parallel)
-    for key, (parameter, state, room) in held.items():
-        value = loaded[key.partition("#")[0]] if room is None else room
-        # Tiles of one layer share what was saved of it as a number, and count on by themselves.
-        states[parameter][state] = (
-            value.clone() if "#" in key and isinstance(value, torch.Tensor) and value.ndim == 0 else value
-        )
-
-
-def _copy_to_ties(parallel: Parallel) -> None:
-    """A tied parameter of two stages on this rank was loaded once."""
-    states = _states(parallel)
-    with torch.no_grad():
-        for tie in parallel.ties:
-            first = tie.copies[0]
-            for copy in tie.copies[1:]:
-                copy.copy_(first)
-                for key, value in states.get(first, {}).items():
-                    states[copy][key] = value.clone() if isinstance(value, torch.Tensor) else value
+        offload.put(share, master, {name: room.cpu().reshape(-1) for name, room in rooms.items()}, steps)
 
 
 # Files, and remote memory
@@ -527,7 +348,7 @@ def _read(wanted: dict[str, Any], path: _Opened, *, alone: bool) -> None:
 
 
 def _check_model(path: _Opened, parallel: Parallel, known: Any) -> None:
-    for name, tensor in _model(parallel):
+    for name, tensor in model_of(parallel):
         entry = known.get(f"model.{name}")
         if entry is None or isinstance(entry, BytesStorageMetadata):
             raise CheckpointError(

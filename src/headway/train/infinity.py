@@ -76,9 +76,9 @@ class Infinity:
     `model` is changed in place: hooks on the modules that read parameters, and parameters without memory. `names`:
     every name of a parameter to its canonical one. `mesh`: the replicas over which parameters are sliced, None for one;
     `tensor_mesh` the mesh of (data, tensor) where tensor parallelism divided parameters before. `unread`: parameters
-    that no operator reads; they stay as they are. `tiles`: module paths of tiles, each fetched by itself. `dtype`:
-    what parameters rest and are computed in, None for their own. `keeps_root`: whether what no unit reads stays whole
-    until `end_step`, as a pipeline needs it. `staging`: that of all stages in `store`.
+    that no operator reads; they stay as they are. `tiles`: module paths of tiles, each fetched by itself.
+    `keeps_root`: whether what no unit reads stays whole until `end_step`, as a pipeline needs it. `staging`: that of
+    all stages in `store`.
 
     Call `fill` before the first forward pass. A model whose control flow differs from rank to rank is not supported:
     ranks must meet in the same collectives.
@@ -100,7 +100,6 @@ class Infinity:
         tensor_mesh: DeviceMesh | None = None,
         unread: Iterable[str] = (),
         tiles: Iterable[str] = (),
-        dtype: torch.dtype | None = None,
         keeps_root: bool = False,
         staging: Staging | None = None,
     ) -> None:
@@ -111,7 +110,7 @@ class Infinity:
         self.traffic = Traffic()
         self._model, self._mesh, self._tensor_mesh = model, mesh, tensor_mesh
         self._tensor_dims = tensor_dims or {}
-        self._dtype, self._keeps_root = dtype, keeps_root
+        self._keeps_root = keeps_root
         self._order: list[Group] = []  # of the step before
         self._recorded: list[Group] = []
         self._at = 0  # in `_order`: what is expected next
@@ -141,6 +140,14 @@ class Infinity:
             for member in group.members:
                 yield member.slice, SliceHome(home, member)
 
+    def rested(self) -> Iterator[tuple[nn.Parameter, SliceHome]]:
+        """`homes`, once all that was updated or written is there: between steps, for a checkpoint."""
+        for home in self._homes.values():
+            home.finish()
+        for group in self.groups:
+            self.settle(group)
+        return self.homes()
+
     # -- groups
 
     def _make_groups(
@@ -167,7 +174,7 @@ class Infinity:
         ]
 
     def _make_group(self, name: str, places: tuple[str, ...], given: list[tuple[str, nn.Parameter]]) -> Group:
-        dtype = self._dtype if self._dtype is not None and given[0][1].is_floating_point() else given[0][1].dtype
+        dtype = given[0][1].dtype
         shapes = [tuple(local_of(parameter).shape) for _, parameter in given]
         if self.replicas > 1 and () in shapes:
             raise PlanError(
@@ -223,17 +230,11 @@ class Infinity:
     # -- the first values
 
     @torch.no_grad()
-    def fill(
-        self,
-        adopt: Callable[[nn.Parameter, torch.Tensor], None] | None = None,
-        initialise: Callable[[nn.Module], None] | None = None,
-    ) -> None:
+    def fill(self, initialise: Callable[[nn.Module], None] | None = None) -> None:
         """Move the model's values to the tier, group by group, and install the hooks that bring them back.
 
-        `adopt(slice, values)` is shown each slice's values in their own dtype before they are cast to what they rest
-        in: where an optimizer off the device takes its master parameters from. Parameters on the meta device get their
-        values from `initialise(module)`, called for each module that has such, by default its `reset_parameters`, and
-        all replicas take those of the first. So a model is never whole anywhere.
+        Parameters on the meta device get their values from `initialise(module)`, called for each module that has such,
+        by default its `reset_parameters`, and all replicas take those of the first. So a model is never whole anywhere.
         """
         for group in self.groups:
             group.allocate(group.whole)
@@ -241,15 +242,12 @@ class Infinity:
             for member in group.members:
                 if member not in made:
                     values = local_of(member.parameter).detach()
-                    self._show(adopt, member, values)
                     view_of(group.whole, member.whole_at, member.shape).copy_(values)
                     self._point(member, group)
             if made:
                 self._initialise(made, initialise or _reset)
                 if self._mesh is not None:
                     dist.broadcast(group.whole, dist.get_global_rank(self._mesh.get_group(), 0), self._mesh.get_group())
-                for member in made:
-                    self._show(adopt, member, view_of(group.whole, member.whole_at, member.shape))
             if group.part is not group.whole:
                 group.allocate(group.part)
                 for member in group.members:
@@ -258,13 +256,6 @@ class Infinity:
             self._write(group)
             self.settle(group)
         self._install()
-
-    def _show(
-        self, adopt: Callable[[nn.Parameter, torch.Tensor], None] | None, member: Member, whole: torch.Tensor
-    ) -> None:
-        if adopt is not None:
-            first, last = bounds(member.shape, self.replicas, self.replica)
-            adopt(member.slice, whole if self.replicas == 1 else whole[first:last])
 
     def _initialise(self, made: list[Member], initialise: Callable[[nn.Module], None]) -> None:
         mine = {id(member.parameter) for member in made}

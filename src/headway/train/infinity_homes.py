@@ -136,7 +136,12 @@ class SliceHome:
     def __init__(self, home: GroupHome, member: Member) -> None:
         self._home = home
         self._start = member.part_at
-        self._elements = local_of(member.slice).numel()
+        self._shape = local_of(member.slice).shape
+        self._elements = self._shape.numel()
+
+    def whole(self) -> torch.Tensor:
+        """The slice as it is in the tier, in its shape."""
+        return self.read(0, self._elements).view(self._shape)
 
     def view(self) -> torch.Tensor | None:
         """All elements, where the processor can write to them: on the host."""
@@ -147,6 +152,9 @@ class SliceHome:
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Elements `start` to `stop` (exclusive) as they are in the tier."""
+        view = self.view()
+        if view is not None:
+            return view[start:stop].clone()
         return self._home.read(self._start + start, self._start + stop)
 
     def write(self, start: int, stop: int, values: torch.Tensor) -> Pending | None:

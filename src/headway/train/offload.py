@@ -20,7 +20,6 @@ Without the delayed update the parameters are those of the same training not off
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -31,10 +30,11 @@ from torch import nn
 
 from headway.errors import InputError, PlanError
 from headway.memory.optimizer import BLOCK_ELEMENTS, HostOptimizer, StateTensor
-from headway.memory.tiers import Pending, Store
+from headway.memory.threads import work_on
+from headway.memory.tiers import Store
 from headway.plan.plan import Plan
 from headway.train.offload_kept import Kept
-from headway.train.offload_lanes import Lane, Transfer
+from headway.train.offload_lanes import Lane, Returning, Transfer
 from headway.train.offload_shares import Held, Share, gather_rows
 from headway.train.offload_states import ChunkStates
 from headway.train.offload_times import OffloadTimes
@@ -97,10 +97,15 @@ class OffloadedOptimizer:
         self._given: list[Share] = []  # in this step, in order
         self._pending: dict[Share, list[Future[None]]] = {}
         self._unpublished: list[Share] = []
-        self._returning: deque[tuple[Transfer | None, Pending | None]] = deque()
+        self._returning = Returning()
         self._kept: dict[Share, Kept] = {}
-        self._updates = ThreadPoolExecutor(1, "headway-update") if self.staged or plan.delayed_update else None
-        self._arrivals = ThreadPoolExecutor(1, "headway-arrivals") if self.staged else None
+        there = {"max_workers": 1, "initializer": work_on, "initargs": (self.device,)}
+        self._updates = (
+            ThreadPoolExecutor(thread_name_prefix="headway-update", **there)
+            if self.staged or plan.delayed_update
+            else None
+        )
+        self._arrivals = ThreadPoolExecutor(thread_name_prefix="headway-arrivals", **there) if self.staged else None
         self._out, self._back = self._make_lanes(chunk_elements) if self.staged else (None, None)
         self._states = ChunkStates(store, plan.optimizer_on)
         if not self._states.is_resident:
@@ -249,11 +254,14 @@ class OffloadedOptimizer:
             for executor in (self._updates, self._arrivals):
                 if executor is not None:
                     executor.shutdown()
-            for lane in (self._out, self._back):
-                if lane is not None:
-                    lane.close()
-            for rule in self._rules:
-                rule.close()
+            try:
+                self._returning.wait()  # after a failure some may be under way, from buffers that are let go of now
+            finally:
+                for lane in (self._out, self._back):
+                    if lane is not None:
+                        lane.close()
+                for rule in self._rules:
+                    rule.close()
 
     def _refresh(self) -> None:
         """Let this step's update go by the hyperparameters as they stand now."""
@@ -300,12 +308,14 @@ class OffloadedOptimizer:
         # Where the step before has not been carried out yet, its gradient is still needed.
         for future in self._pending.get(share, ()) if is_first else ():
             future.exception()
-        gradient = transfer.wait()
-        if is_first:
-            into.copy_(gradient)
-        else:
-            into.add_(gradient)
-        transfer.free()
+        try:
+            gradient = transfer.wait()
+            if is_first:
+                into.copy_(gradient)
+            else:
+                into.add_(gradient)
+        finally:
+            transfer.free()
 
     def _hand_over_late(self, share: Share, delayed: bool) -> None:
         held = self._held.pop(share, None)
@@ -375,32 +385,39 @@ class OffloadedOptimizer:
         factor: float | None,
         delayed: bool,
     ) -> None:
-        gradient = given.wait() if isinstance(given, Transfer) else given
-        key = share.key(start)
-        tensors = self._states.open(key)
-        started = time.perf_counter()
-        is_own = self._is_own_master(share)
-        view = None if self.staged and share.home is None else share.view()
         transfer = None
         out: torch.Tensor | None
-        if is_own:
-            assert view is not None
-            master, moments, out = view[start:stop], tensors, None
-        else:
-            master, moments = tensors[0], tensors[1:]
-            if delayed:
-                out = self._fresh_room(share, start, stop)
-            elif view is not None:
-                out = view[start:stop]
+        try:
+            gradient = given.wait() if isinstance(given, Transfer) else given
+            key = share.key(start)
+            tensors = self._states.open(key)
+            started = time.perf_counter()
+            is_own = self._is_own_master(share)
+            view = None if self.staged and share.home is None else share.view()
+            if is_own:
+                assert view is not None
+                master, moments, out = view[start:stop], tensors, None
             else:
-                transfer = self._room_back(stop - start, share.dtype)
-                out = transfer.tensor if transfer is not None else torch.empty(stop - start, dtype=share.dtype)
-        scale = 1.0 if factor is None else factor
-        self._rules[share.group].step(step, gradient, master, moments, out, start=start, gradient_scale=scale)
-        self.times.update_seconds += time.perf_counter() - started
-        self._states.close(key)
-        if isinstance(given, Transfer):
-            given.free()
+                master, moments = tensors[0], tensors[1:]
+                if delayed:
+                    out = self._fresh_room(share, start, stop)
+                elif view is not None:
+                    out = view[start:stop]
+                else:
+                    transfer = self._room_back(stop - start, share.dtype)
+                    out = transfer.tensor if transfer is not None else torch.empty(stop - start, dtype=share.dtype)
+            scale = 1.0 if factor is None else factor
+            self._rules[share.group].step(step, gradient, master, moments, out, start=start, gradient_scale=scale)
+            self.times.update_seconds += time.perf_counter() - started
+            self._states.close(key)
+        except BaseException:
+            if transfer is not None:
+                transfer.free()
+            raise
+        finally:
+            # After a failure too: backward would wait for the buffer, and never come to where it hears of it.
+            if isinstance(given, Transfer):
+                given.free()
         if delayed:
             assert out is not None
             if self.plan.optimizer_on != "host":
@@ -418,33 +435,24 @@ class OffloadedOptimizer:
         """A buffer to put updated parameters in; waits for the oldest on its way back if all are."""
         if self._back is None:
             return None
-        while len(self._returning) >= _RING:
-            self._retire()
+        self._returning.wait(at_most=_RING - 1)
         return self._back.buffer(elements, dtype)
 
     def _send_back(self, share: Share, start: int, stop: int, values: torch.Tensor, transfer: Transfer | None) -> None:
         """Begin to bring updated parameters to where they rest; `transfer` is the buffer that they are in, if one."""
+        pending = None
+        try:
+            if share.home is not None:
+                pending = share.home.write(start, stop, values)
+            else:
+                assert self._back is not None
+                assert transfer is not None
+                self._back.back(transfer, share.flat()[start:stop])
+        finally:
+            if transfer is not None or pending is not None:
+                self._returning.add(transfer, pending)
         if share.home is not None:
-            pending = share.home.write(start, stop, values)
-        else:
-            assert self._back is not None
-            assert transfer is not None
-            pending = None
-            self._back.back(transfer, share.flat()[start:stop])
-        if transfer is not None or pending is not None:
-            self._returning.append((transfer, pending))
-        # A write of a home keeps memory of its own until it is done.
-        while share.home is not None and len(self._returning) > 1:
-            self._retire()
-
-    def _retire(self) -> None:
-        """Wait for the oldest that is on its way back."""
-        transfer, pending = self._returning.popleft()
-        if pending is not None:
-            pending.wait()
-        if transfer is not None:
-            transfer.wait()
-            transfer.free()
+            self._returning.wait(at_most=1)  # a write of a home keeps memory of its own until it is done
 
     # -- The end of an update
 
@@ -455,6 +463,8 @@ class OffloadedOptimizer:
         if not given:
             return
         late = set(unpublished)
+        if late and self._back is not None:
+            self._back.follow_compute()  # backward may still read what these copies overwrite
         waiting: list[Share] = []
         try:
             for share in given:
@@ -462,13 +472,14 @@ class OffloadedOptimizer:
                     future.result()
                 if share in late:
                     self._publish(share)
+                if self._process_group is None or share.rows is None:
+                    continue
                 waiting.append(share)
-                if sum(each.elements for each in waiting) * share.dtype.itemsize >= self.plan.bucket_bytes:
+                if sum(each.sent_bytes(self.plan.data) for each in waiting) >= self.plan.bucket_bytes:
                     self._gather(waiting)
                     waiting = []
             self._gather(waiting)
-            while self._returning:
-                self._retire()
+            self._returning.wait()
         finally:
             self._note_lanes()
 
@@ -487,20 +498,18 @@ class OffloadedOptimizer:
                     transfer.tensor.copy_(values)
                 self._send_back(share, start, stop, values if transfer is None else transfer.tensor, transfer)
                 if transfer is None:
-                    self._retire()
+                    self._returning.wait()
             if not is_resident:
                 self.store.release(values)
 
     def _gather(self, shares: Sequence[Share]) -> None:
         """All-gather the rows that each replica has updated, in one collective for each dtype."""
-        divided = [share for share in shares if share.rows is not None]
-        if self._process_group is None or not divided:
+        if self._process_group is None or not shares:
             return
         started = time.perf_counter()
-        while self._returning:
-            self._retire()
-        for dtype in dict.fromkeys(share.dtype for share in divided):
-            gather_rows([share for share in divided if share.dtype == dtype], self._process_group)
+        self._returning.wait()
+        for dtype in dict.fromkeys(share.dtype for share in shares):
+            gather_rows([share for share in shares if share.dtype == dtype], self._process_group)
         self.times.gathered_seconds += time.perf_counter() - started
 
     def _note_lanes(self) -> None:

@@ -7,15 +7,18 @@ in both directions at once. A copy waits for a free buffer: that alone holds bac
 from __future__ import annotations
 
 import queue
+import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from headway.memory.buffers import AlignedMemory
+from headway.memory.tiers import Pending
 
-__all__ = ["Lane", "Transfer"]
+__all__ = ["Lane", "Returning", "Transfer"]
 
 
 @dataclass
@@ -87,6 +90,11 @@ class Lane:
         """Begin to copy a host buffer of this lane into a flat device tensor."""
         self._copy(transfer, into, transfer.tensor)
 
+    def follow_compute(self) -> None:
+        """Let copies begun from now on come after what the device has been given to compute."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+
     def give_back(self, slot: int) -> None:
         self._free.put(slot)
 
@@ -104,10 +112,40 @@ class Lane:
             self.seconds += time.perf_counter() - started
             return
         if source.is_cuda:
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            self.follow_compute()
         with torch.cuda.stream(self._stream):
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            # Who waits for one sleeps: the processor has an update to make meanwhile.
+            start, stop = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
             start.record()
             into.copy_(source, non_blocking=True)
             stop.record()
         transfer.events = (start, stop)
+
+
+class Returning:
+    """Updated parameters on their way to where they rest, oldest first. May be used by several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._under_way: deque[tuple[Transfer | None, Pending | None]] = deque()
+
+    def add(self, transfer: Transfer | None, pending: Pending | None) -> None:
+        """Take over what is under way: a buffer to give back when it is there, a write, or both."""
+        self._under_way.append((transfer, pending))
+
+    def wait(self, at_most: int = 0) -> None:
+        """Wait for the oldest, until no more than so many are under way. Raises what went wrong with one of them."""
+        if at_most and len(self._under_way) <= at_most:
+            return
+        # That none is left does not say that all are there: another thread may be waiting for the last it took.
+        with self._lock:
+            while len(self._under_way) > at_most:
+                transfer, pending = self._under_way.popleft()
+                try:
+                    if pending is not None:
+                        pending.wait()
+                    if transfer is not None:
+                        transfer.wait()
+                finally:
+                    if transfer is not None:
+                        transfer.free()

@@ -10,17 +10,24 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from headway.plan.plan import Plan
-from headway.train.infinity_groups import local_of
+from headway.train.infinity_groups import bounds, local_of
 from headway.train.offload import OffloadedOptimizer
-from headway.train.offload_shares import Home, Share, rows_of
+from headway.train.offload_shares import Home, Share
 
 if TYPE_CHECKING:
     from headway.train.parallel import Parallel
 
-__all__ = ["Masters", "lower_precision", "rest_optimizer"]
+__all__ = ["Masters", "lay_out_rows", "lower_precision", "rest_optimizer"]
 
 Masters = dict[int, dict[str, torch.Tensor]]
 """Position of a stage, then name of a parameter in its model: the float32 values before they were rounded."""
+
+
+def lay_out_rows(model: nn.Module) -> None:
+    """Let trained parameters lie in memory row after row: shares are flat views, which others (channels last) lack."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()
 
 
 def lower_precision(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
@@ -76,10 +83,10 @@ def rest_optimizer(
             return None
         rows = share.rows
         if isinstance(share.parameter, DTensor):
-            rows = rows_of(whole.shape[0], plan.data, replica)
+            rows = bounds(tuple(whole.shape), plan.data, replica)
         return (whole if rows is None else whole[rows[0] : rows[1]]).reshape(-1)
 
-    divided = parallel.mesh is not None and plan.data > 1 and plan.zero_stage < 2
+    divided = parallel.row_owners is not None
     offloaded = OffloadedOptimizer(
         parallel.optimizer,
         shares,
@@ -101,5 +108,5 @@ def _share(name: str, parameter: nn.Parameter, group: int, plan: Plan, replica: 
         return Share(name, parameter, group, local_of(parameter).numel())
     if plan.data == 1 or not parameter.ndim:
         return Share(name, parameter, group, parameter.numel())
-    rows = rows_of(parameter.shape[0], plan.data, replica)
+    rows = bounds(tuple(parameter.shape), plan.data, replica)
     return Share(name, parameter, group, parameter[rows[0] : rows[1]].numel(), rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -12,9 +13,9 @@ import torch.distributed as dist
 from torch import nn
 
 from headway.memory.tiers import Pending
-from headway.train.infinity_groups import local_of
+from headway.train.infinity_groups import bounds, local_of, rows_of_part
 
-__all__ = ["Held", "Home", "Share", "gather_rows", "rows_of"]
+__all__ = ["Held", "Home", "Share", "gather_rows"]
 
 
 class Home(Protocol):
@@ -70,6 +71,11 @@ class Share:
             local = local[self.rows[0] : self.rows[1]]
         return local.reshape(-1)
 
+    def sent_bytes(self, replicas: int) -> int:
+        """Bytes of a replica's part, the largest: the same on all of them, however many rows this one has."""
+        local = local_of(self.parameter)
+        return rows_of_part(tuple(local.shape), replicas) * math.prod(local.shape[1:]) * self.dtype.itemsize
+
     def key(self, start: int) -> str:
         """The name of a chunk's states in the store."""
         return f"optimizer/{self.name}/{self.number}/{start}"
@@ -90,19 +96,15 @@ class Held:
     arriving: list[Future[None]] = field(default_factory=list)
 
 
-def rows_of(rows: int, replicas: int, replica: int) -> tuple[int, int]:
-    """The rows (first, after the last) that a replica updates: those that `fully_shard` would give it."""
-    each = -(-rows // replicas)
-    return min(replica * each, rows), min((replica + 1) * each, rows)
-
-
 def gather_rows(shares: Sequence[Share], group: dist.ProcessGroup) -> None:
     """Make parameters of one dtype whole on every rank of `group`, each rank giving the rows that are its own."""
     replicas = dist.get_world_size(group)
     mine = []
     for share in shares:
         local = local_of(share.parameter.detach())
-        padded = torch.zeros((-(-local.shape[0] // replicas), *local.shape[1:]), dtype=local.dtype, device=local.device)
+        padded = torch.zeros(
+            (rows_of_part(tuple(local.shape), replicas), *local.shape[1:]), dtype=local.dtype, device=local.device
+        )
         assert share.rows is not None
         padded[: share.rows[1] - share.rows[0]] = local[share.rows[0] : share.rows[1]]
         mine.append(padded.reshape(-1))
@@ -113,7 +115,7 @@ def gather_rows(shares: Sequence[Share], group: dist.ProcessGroup) -> None:
         at = 0
         for share, padded in zip(shares, mine):
             local = local_of(share.parameter.detach())
-            first, last = rows_of(local.shape[0], replicas, replica)
+            first, last = bounds(tuple(local.shape), replicas, replica)
             count = local[first:last].numel()
             local[first:last] = flat[at : at + count].view(last - first, *local.shape[1:])
             at += padded.numel()

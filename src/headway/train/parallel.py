@@ -22,20 +22,21 @@ from headway.memory.tiling import tile
 from headway.plan.plan import Plan
 from headway.train.measure import Meter
 from headway.train.owners import Owners
-from headway.train.pipeline import make_schedule, make_ties
 from headway.train.rank import Parallel, Piece
 from headway.train.replication import replicate, replicate_after_all, tile_paths, unread_parameters
 from headway.train.stages import StageModule, canonical_names, copy_structure, recompute_units
 from headway.train.tensor import split_dimensions, split_modules
+from headway.train.ties import make_ties
 from headway.workload.graph import Graph
 
-# What carries out plans that rest something off the device is imported where such a plan is: every rank of every other
-# plan would pay for it when it starts.
+# What carries out pipelines, and plans that rest something off the device, is imported where such a plan is: every rank
+# of every other plan would pay for it when it starts.
 if TYPE_CHECKING:
     from headway.memory.tiers import Store
     from headway.train.infinity import Infinity
     from headway.train.infinity_homes import Staging
     from headway.train.offload_setup import Masters
+    from headway.train.row_owners import RowOwners
 
 __all__ = ["Parallel", "Piece", "parallelise"]
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -82,7 +83,7 @@ def parallelise(
     if mesh is not None and plan.collectives:
         _name_algorithms(plan, mesh)
     if mesh is not None:
-        _agree(model)
+        _agree(model, device)
     dims = split_dimensions(model, dict(plan.tensor_sharding), graph)
     canonical_dims = {names[name]: dim for name, dim in dims.items()}
     if mesh is not None and plan.tensor > 1:
@@ -107,12 +108,20 @@ def parallelise(
         staging = Staging(store)
     masters: Masters = {}
     if plan.optimizer_on != "device":
-        from headway.train.offload_setup import lower_precision
+        from headway.train.offload_setup import lay_out_rows, lower_precision
 
+        for piece in pieces:
+            lay_out_rows(piece.module.model)
         masters = {piece.position: lower_precision(piece.module.model, plan) for piece in pieces}
     owners = None
-    if mesh is not None and plan.data > 1 and plan.zero_stage == 1 and plan.optimizer_on == "device":
-        owners = Owners(mesh.get_group("data"))
+    row_owners: RowOwners | None = None
+    if mesh is not None and plan.data > 1 and plan.zero_stage < 2:
+        if plan.optimizer_on != "device":
+            from headway.train.row_owners import RowOwners
+
+            row_owners = RowOwners(mesh.get_group("data"), piece_bytes=plan.bucket_bytes)
+        elif plan.zero_stage == 1:
+            owners = Owners(mesh.get_group("data"))
     for piece in pieces:
         if graph is not None:
             stage = plan.stages[piece.position]
@@ -136,10 +145,10 @@ def parallelise(
             assert graph is not None
             assert store is not None
             piece.infinity = _rest(piece, plan, graph, store, device, canonical_dims, mesh, staging)
-        piece.module.model.to(device)
+        _bring_to(device, piece)
         if mesh is not None and plan.data > 1 and graph is not None:
             unread = unread_parameters(piece, graph)
-            piece.wrapped = replicate(piece, plan, graph, unread, mesh["data"], meter, owners)
+            piece.wrapped = replicate(piece, plan, graph, unread, mesh["data"], meter, owners or row_owners)
         piece.module.watch_cuts()
 
     parallel = Parallel(
@@ -152,12 +161,15 @@ def parallelise(
         canonical_dims,
         meter,
         owners=owners,
+        row_owners=row_owners,
         clip_norm=clip_norm,
         store=store,
     )
     if mesh is not None and plan.data > 1 and graph is None:
         # DDP has to be told which parameters get no gradient, and without a trace only a step shows it.
-        parallel.replicate_later = partial(replicate_after_all, pieces[0], plan, mesh["data"], meter, owners)
+        parallel.replicate_later = partial(
+            replicate_after_all, pieces[0], plan, mesh["data"], meter, owners or row_owners
+        )
     parallel.ties = make_ties(parallel, graph)
     _point_at(optimizer, groups, parallel)
     if owners is not None:
@@ -165,6 +177,8 @@ def parallelise(
         parallel.zero = owners.deal(optimizer)
     if plan.pipeline > 1:
         assert graph is not None
+        from headway.train.pipeline import make_schedule
+
         parallel.stages, parallel.schedule = make_schedule(parallel, graph)
     for infinity in parallel.infinities:
         infinity.fill(initialise=initialise)
@@ -193,11 +207,31 @@ def _name_algorithms(plan: Plan, mesh: DeviceMesh) -> None:
             set_algorithm(algorithm, group=mesh.get_group(axis))
 
 
-def _agree(model: nn.Module) -> None:
-    """Every rank begins with the parameters and buffers of rank 0, however its script was seeded."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if not tensor.is_meta:
-            dist.broadcast(tensor.detach(), 0)
+def _agree(model: nn.Module, device: torch.device) -> None:
+    """Every rank begins with the parameters and buffers of rank 0, however its script was seeded.
+
+    NCCL sends from the device alone: what is elsewhere goes there and back, one tensor at a time.
+    """
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if not tensor.is_meta:
+                sent = tensor.detach().to(device)
+                dist.broadcast(sent, 0)
+                if sent.device != tensor.device:
+                    tensor.copy_(sent)
+
+
+def _bring_to(device: torch.device, piece: Piece) -> None:
+    """Move a stage's parameters and buffers to the device, but for those that rest elsewhere: they may not fit."""
+    groups = piece.infinity.groups if piece.infinity is not None else ()
+    resting = {id(member.parameter) for group in groups for member in group.members}
+    for module in piece.module.model.modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in resting:
+                parameter.data = parameter.data.to(device)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
 
 
 def _stage_models(model: nn.Module, plan: Plan, pipeline_rank: int) -> list[tuple[int, nn.Module]]:
@@ -227,7 +261,7 @@ def _piece(
             cache_enabled=plan.parameters_on == "device",
         )
     module = StageModule(
-        model, graph, stage.start, stage.stop, micro_batch=plan.micro_batch, loss=loss, context=context
+        model, graph, stage.start, stage.stop, micro_batch=plan.micro_batch, loss=loss, device=device, context=context
     )
     return Piece(module=module, wrapped=module, position=position, names=names)
 

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.parallel import DistributedDataParallel
@@ -26,19 +25,21 @@ from headway.plan.plan import Plan
 from headway.train.infinity_groups import local_of
 from headway.train.measure import Meter
 from headway.train.owners import Owners
-from headway.train.pipeline import Tie
 from headway.train.stages import StageModule
+from headway.train.ties import Tie
 from headway.workload.trace import without_cache
 
-# What carries out plans that rest something off the device is imported where such a plan is: every rank of every other
-# plan would pay for it when it starts.
+# What carries out pipelines, and plans that rest something off the device, is imported where such a plan is: every rank
+# of every other plan would pay for it when it starts.
 if TYPE_CHECKING:
     from torch.distributed.optim import ZeroRedundancyOptimizer
+    from torch.distributed.pipelining import PipelineStage
 
     from headway.memory.tiers import Store
     from headway.train.activations import ActivationSwap
     from headway.train.infinity import Infinity
     from headway.train.offload import OffloadedOptimizer
+    from headway.train.row_owners import RowOwners
 
 __all__ = ["Parallel", "Piece"]
 
@@ -86,6 +87,7 @@ class Parallel:
     meter: Meter
     zero: ZeroRedundancyOptimizer | None = None  # updates what this replica owns, under ZeRO-1
     owners: Owners | None = None
+    row_owners: RowOwners | None = None  # with replicas and an optimizer off the device, under ZeRO-0 and 1
     schedule: Any = None
     stages: list[PipelineStage] = field(default_factory=list)
     ties: list[Tie] = field(default_factory=list)
@@ -113,11 +115,13 @@ class Parallel:
 
     def close(self) -> None:
         """Let go of what rests off the device, files included. Idempotent."""
-        if self.offload is not None:
-            self.offload.close()
-            self.offload = None
-        if self.store is not None:
-            self.store.close()
+        offload, self.offload = self.offload, None
+        try:
+            if offload is not None:
+                offload.close()
+        finally:
+            if self.store is not None:
+                self.store.close()
 
     @property
     def coordinates(self) -> tuple[int, int, int]:
@@ -218,7 +222,7 @@ class Parallel:
                 piece.wrapped.set_is_last_backward(last)
             with hold:
                 with self.meter.section("forward", f"forward {number}"):
-                    loss = piece.wrapped(index=torch.tensor([number]))
+                    loss = piece.wrapped(index=number)  # a tensor would be moved to the device, and waited for
                 with self.meter.section("backward", f"backward {number}"):
                     (loss / count).backward()
             total += loss.detach()
@@ -244,8 +248,8 @@ class Parallel:
             for _, parameter in self.parameters():
                 if parameter.grad is None:
                     continue
-                if self.owners is not None:
-                    self.owners.reduce_by_itself(parameter)
+                if (owners := self.owners or self.row_owners) is not None:
+                    owners.reduce_by_itself(parameter)
                 else:
                     dist.all_reduce(parameter.grad, group=self.group("data"))
                     parameter.grad /= self.plan.data
@@ -255,13 +259,18 @@ class Parallel:
     def _add_up_ties(self) -> None:
         """A parameter that several stages hold gets the sum of their gradients, everywhere the same."""
         for tie in self.ties:
-            total = local_of(tie.copies[0].grad)
+            total = self._reduced(tie.copies[0])
             for copy in tie.copies[1:]:
-                total += local_of(copy.grad)
-            if tie.group is not None:
+                total += self._reduced(copy)
+            if tie.group is not None and total.numel():
                 dist.all_reduce(total, group=tie.group)
             for copy in tie.copies[1:]:
-                local_of(copy.grad).copy_(total)
+                self._reduced(copy).copy_(total)
+
+    def _reduced(self, parameter: nn.Parameter) -> torch.Tensor:
+        """What of a gradient is reduced over the replicas on this rank."""
+        gradient = local_of(parameter.grad)
+        return gradient if self.row_owners is None else self.row_owners.part(gradient)
 
     def _clip(self, norm: float) -> None:
         """Scale all gradients so that their norm over the whole model is at most `norm`, as `clip_grad_norm_` does."""
@@ -272,7 +281,7 @@ class Parallel:
                 square += self.offload.square(parameter, dtype)
                 continue
             if parameter.grad is not None:
-                square += local_of(parameter.grad).detach().to(dtype).square().sum()
+                square += self._reduced(parameter).detach().to(dtype).square().sum()
         if self.mesh is not None:
             dist.all_reduce(square)
         factor = torch.clamp(norm / (square.sqrt() + 1e-6), max=1.0)
@@ -289,8 +298,9 @@ class Parallel:
         _, data, tensor = self.coordinates
         followers = {id(copy) for tie in self.ties for copy in (tie.copies[1:] if tie.leads else tie.copies)}
         for name, parameter in self.parameters():
-            # Under ZeRO-1 only its owner still has the gradient of a parameter.
-            if data and not isinstance(parameter, DTensor) and self.owners is None:
+            # Under ZeRO-1 only its owner still has the gradient of a parameter; else each replica may have its rows.
+            divided = isinstance(parameter, DTensor) or (self.row_owners is not None and parameter.ndim)
+            if data and not divided and self.owners is None:
                 continue
             if tensor and name not in self.tensor_dims:
                 continue

@@ -20,12 +20,13 @@ from headway.workload.graph import Graph
 
 if TYPE_CHECKING:
     from headway.train.rank import Piece
+    from headway.train.row_owners import RowOwners
 
 __all__ = ["replicate", "replicate_after_all", "tile_paths", "unread_parameters"]
 
 
 def replicate_after_all(
-    piece: Piece, plan: Plan, mesh: DeviceMesh, meter: Meter, owners: Owners | None, unread: set[str]
+    piece: Piece, plan: Plan, mesh: DeviceMesh, meter: Meter, owners: Owners | RowOwners | None, unread: set[str]
 ) -> None:
     """`replicate` for a model that was not traced, after its first backward pass: gradients stay as they are."""
     gradients = {parameter: parameter.grad for _, parameter in piece.parameters()}
@@ -41,11 +42,12 @@ def replicate(
     unread: list[str],
     mesh: DeviceMesh,
     meter: Meter,
-    owners: Owners | None = None,
+    owners: Owners | RowOwners | None = None,
 ) -> nn.Module:
     """The module of a stage, wrapped for data parallelism over the ranks of `mesh`.
 
-    `unread`: parameters that never get a gradient. With `owners` a gradient is reduced to its owner alone (ZeRO-1).
+    `unread`: parameters that never get a gradient. With `owners` a gradient, or each row of it, is reduced to its
+    owner alone (ZeRO-1; an optimizer off the device).
     """
     module = piece.module
     trained = [p for name, p in module.model.named_parameters() if p.requires_grad and name not in unread]
@@ -88,7 +90,7 @@ def unread_parameters(piece: Piece, graph: Graph) -> list[str]:
 
 
 def _reduce_buckets(
-    wrapped: DistributedDataParallel, group: dist.ProcessGroup, meter: Meter, owners: Owners | None
+    wrapped: DistributedDataParallel, group: dist.ProcessGroup, meter: Meter, owners: Owners | RowOwners | None
 ) -> None:
     """Reduce gradients bucket by bucket, and tell the meter when the last bucket was handed over.
 

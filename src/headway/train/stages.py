@@ -46,6 +46,7 @@ class StageModule(nn.Module):
         *,
         micro_batch: int,
         loss: Callable[[Any, Any], torch.Tensor] | None,
+        device: torch.device,
         context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         super().__init__()
@@ -57,8 +58,8 @@ class StageModule(nn.Module):
         self._received: torch.Tensor | None = None
         self._calls: Counter[str] = Counter()
         if graph is not None and not (self.is_first and self.is_last):
-            _leave_out_units(model, graph, start, stop, micro_batch)
-            _leave_out_parameters(model, graph, start, stop)
+            _leave_out_units(model, graph, start, stop, micro_batch, device)
+            _leave_out_parameters(model, graph, start, stop, device)
         self._entry = None if self.is_first or graph is None else (graph, start)
         self._exit = None if self.is_last or graph is None else (graph, stop)
 
@@ -71,7 +72,7 @@ class StageModule(nn.Module):
             kind = graph.layers[layer].input
             self._hook(graph, layer, lambda leaves, at: self._take_out(leaves[at], kind))
 
-    def forward(self, *received: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    def forward(self, *received: torch.Tensor, index: torch.Tensor | int) -> torch.Tensor:
         inputs, targets = self.micro_batches[int(index)]
         self._received = received[0] if received else None
         self._calls.clear()
@@ -151,11 +152,10 @@ def _shape(kind: TensorKind, samples: int) -> tuple[tuple[int, ...], torch.dtype
     return kind.shape(samples), getattr(torch, kind.dtype)
 
 
-def _leave_out_units(model: nn.Module, graph: Graph, start: int, stop: int, samples: int) -> None:
+def _leave_out_units(model: nn.Module, graph: Graph, start: int, stop: int, samples: int, device: torch.device) -> None:
     calls: dict[str, list[Unit]] = {}
     for unit in graph.units:
         calls.setdefault(unit.module, []).append(unit)
-    device = next(model.parameters()).device
     for path, units in calls.items():
         mine = any(start <= unit.layer < stop for unit in units)
         if path and not mine and any(unit.depends_on_parameters for unit in units):
@@ -163,7 +163,7 @@ def _leave_out_units(model: nn.Module, graph: Graph, start: int, stop: int, samp
             setattr(model.get_submodule(parent), name, _StandIn(units, samples, device))
 
 
-def _leave_out_parameters(model: nn.Module, graph: Graph, start: int, stop: int) -> None:
+def _leave_out_parameters(model: nn.Module, graph: Graph, start: int, stop: int, device: torch.device) -> None:
     """Replace parameters of other stages that hang outside of units by zeros that take no memory."""
     mine = graph.layer_parameters(start, stop)
     used = graph.layer_parameters(0, len(graph.layers))
@@ -176,7 +176,7 @@ def _leave_out_parameters(model: nn.Module, graph: Graph, start: int, stop: int)
             if canonical in mine or (start == 0 and canonical not in used):
                 continue
             del module._parameters[name]
-            zeros = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+            zeros = torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
             module.register_buffer(name, zeros, persistent=False)
 
 
@@ -207,7 +207,8 @@ def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        # Of which devices the random numbers are repeated, `checkpoint` sees by the tensors among positional arguments.
+        return checkpoint(lambda named, *given: forward(*given, **named), kwargs, *args, use_reentrant=False)
 
     return recomputed
 

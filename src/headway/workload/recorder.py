@@ -1,4 +1,4 @@
-"""Runs one training step of a model under fake tensors and writes down every aten operator that it dispatches.
+"""Writes down every aten operator that a training step under fake tensors dispatches; fake_step.py runs the step.
 
 Nothing is allocated: parameters, inputs and activations are fake tensors (torch._subclasses), which have shapes,
 strides and storages, and no memory. The recorder sits above FakeTensorMode and below autograd, so that it sees the
@@ -16,63 +16,20 @@ along, so that a model may branch on them as it does in a real run.
 from __future__ import annotations
 
 import bisect
-import contextlib
-import gc
-import logging
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-__all__ = ["FLOP_FORMULAS", "Call", "Recording", "Signature", "TensorMeta", "record", "tensor_leaves", "value_of"]
+from headway.workload.flop import flop_formula
+from headway.workload.recording import Call, OutputPlan, Recording, Signature, TensorMeta, tensor_leaves
+
+__all__ = ["Recorder", "value_of"]
 
 aten = torch.ops.aten
-
-
-def _tensor_shape(value: Any) -> Any:
-    return value.shape if isinstance(value, torch.Tensor) else value
-
-
-def _flash_for_cpu(query, key, value, *args, out_val=None, **kwargs) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
-
-
-def _flash_for_cpu_backward(grad_out, query, key, value, *args, out_val=None, **kwargs) -> int:
-    return sdpa_backward_flop_count(grad_out.shape, query.shape, key.shape, value.shape)
-
-
-def _grouped_mm(a, b, offs=None, *args, out_val=None, **kwargs) -> int:
-    """2 x rows x inner x columns over all groups; each row (or inner index) belongs to one group only."""
-    if a.dim() == 2 and b.dim() == 2:  # the inner dimension is divided among the groups
-        return 2 * a.shape[0] * a.shape[1] * b.shape[1]
-    if a.dim() == 2:  # rows of a are divided among the groups
-        return 2 * a.shape[0] * a.shape[1] * b.shape[-1]
-    if b.dim() == 2:  # columns of b are divided among the groups
-        return 2 * a.shape[-2] * a.shape[-1] * b.shape[1]
-    return 2 * a.shape[0] * a.shape[1] * a.shape[2] * b.shape[-1]
-
-
-def _extra_formulas() -> dict[Any, Callable[..., int]]:
-    formulas: dict[Any, Callable[..., int]] = {
-        aten._scaled_dot_product_flash_attention_for_cpu: _flash_for_cpu,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_for_cpu_backward,
-    }
-    if hasattr(aten, "_grouped_mm"):
-        formulas[aten._grouped_mm] = _grouped_mm
-    for formula in formulas.values():
-        # The mark by which torch's counter gives a formula the tensors instead of their shapes.
-        formula._get_raw = True  # type: ignore[attr-defined]
-    return {packet: formula for packet, formula in formulas.items() if packet not in flop_registry}
-
-
-# What torch's registry lacks, in its own terms; pass as FlopCounterMode(custom_mapping=...) to get the same totals.
-FLOP_FORMULAS = _extra_formulas()
 
 _PRIM_DEVICE = torch.ops.prim.device.default
 _DETACH = aten.detach.default
@@ -89,44 +46,6 @@ _VALUELESS = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided
 _ASKS_FOR_VALUE = {"aten::_local_scalar_dense", "aten::equal"}
 _KNOWN_ELEMENTS = 2**20  # values of larger tensors are not carried along
 _NEVER_REMEMBERED = {"data_dependent_output", "dynamic_output_shape", "inplace_view"}
-
-
-@dataclass(frozen=True)
-class TensorMeta:
-    """What an operator can see of a tensor, values excepted."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    dtype: torch.dtype
-    device: torch.device
-    known_value: bool  # a fake tensor that carries its value (a constant made from a Python number)
-    plain: bool  # strided, neither lazily conjugated nor lazily negated
-
-
-@dataclass
-class _OutputPlan:
-    """How to make one output again: `source` is the tensor argument whose storage it shares, or -1."""
-
-    meta: int
-    source: int
-
-
-@dataclass
-class Signature:
-    """An operator together with the arguments and the metadata of the tensors that it was called on."""
-
-    func: Any
-    arguments: tuple[Any, ...]  # templates: tensors are placeholders, floats and bools come with their type
-    keywords: tuple[tuple[str, Any], ...]
-    inputs: tuple[int, ...]  # positions in Recording.metas
-    outputs: tuple[int, ...]
-    flop: int
-    is_view: bool
-    is_random: bool
-    written: tuple[int, ...]  # tensor arguments that it changes in place
-    plan: tuple[_OutputPlan | None, ...] | None  # None: ask FakeTensorMode every time
-    container: type | None  # of several outputs: tuple or list
 
 
 class _Tag:
@@ -151,66 +70,14 @@ class _StorageRef(weakref.ref):
     number: int
 
 
-@dataclass
-class Call:
-    """One call of a module: operators `start` to `stop` (exclusive), tensors in and out."""
+class Recorder(TorchDispatchMode):
+    """Sees each operator of one step, and keeps the `recording`.
 
-    module: str
-    parent: int  # position among the calls, or -1
-    start: int
-    arguments: tuple[int, ...]  # identities of the tensor leaves of (args, kwargs)
-    stop: int = -1
-    results: tuple[int, ...] = ()
-    result_metas: tuple[int, ...] = ()
-    structure: Any = None  # TreeSpec of what it returned; None if a leaf is no tensor
+    Whoever runs the step says where it is: `path` of the module at work, `in_backward`, `closed` when it is over, and
+    `outside` while tensors are met that are given to the step. `parameter_of_storage`: number of a storage to the name
+    of the parameter in it.
+    """
 
-
-@dataclass
-class Recording:
-    """One training step at one batch size. Operators are parallel lists; `forward_stop` and `loss_stop` divide them."""
-
-    metas: list[TensorMeta] = field(default_factory=list)
-    signatures: list[Signature] = field(default_factory=list)
-    inputs: list[tuple[int, ...]] = field(default_factory=list)
-    outputs: list[tuple[int, ...]] = field(default_factory=list)
-    modules: list[str] = field(default_factory=list)
-    owners: list[int] = field(default_factory=list)  # of a backward operator: the forward operator it differentiates
-    parameters_read: list[tuple[str, ...]] = field(default_factory=list)
-    alias_updates: dict[int, list[tuple[int, int]]] = field(default_factory=dict)  # operator → (identity, meta)
-    calls: list[Call] = field(default_factory=list)
-    recomputed: set[str] = field(default_factory=set)  # modules that run again during the backward pass
-    forward_stop: int = 0
-    loss_stop: int = 0
-    model_inputs: tuple[int, ...] = ()
-    model_input_metas: tuple[int, ...] = ()
-    model_outputs: tuple[int, ...] = ()
-    output_storages: set[int] = field(default_factory=set)
-    parameter_tensors: dict[str, int] = field(default_factory=dict)
-    loss_parameters: tuple[str, ...] = ()
-    # Memory: (operator, signed bytes, storage) in order; storages given from outside do not appear.
-    events: list[tuple[int, int, int]] = field(default_factory=list)
-    storage_bytes: list[int] = field(default_factory=list)
-    storage_origin: list[int] = field(default_factory=list)  # operator that allocated it; -1: given from outside
-    saved: dict[int, int] = field(default_factory=dict)  # storage → first operator position at which it was saved
-    gradients: set[int] = field(default_factory=set)  # storages of the parameters' gradients
-
-
-def tensor_leaves(tree: Any) -> list[torch.Tensor]:
-    """The tensors in `tree`, in the order of torch's pytree; mappings and objects it does not know are looked into."""
-    found: list[torch.Tensor] = []
-    for leaf in pytree.tree_leaves(tree):
-        if isinstance(leaf, torch.Tensor):
-            found.append(leaf)
-        elif isinstance(leaf, dict):
-            for value in leaf.values():
-                found.extend(tensor_leaves(value))
-        elif hasattr(leaf, "__dataclass_fields__"):
-            for name in leaf.__dataclass_fields__:
-                found.extend(tensor_leaves(getattr(leaf, name, None)))
-    return found
-
-
-class _Recorder(TorchDispatchMode):
     def __init__(self, fake_mode: FakeTensorMode) -> None:
         super().__init__()
         self.fake_mode = fake_mode
@@ -225,10 +92,10 @@ class _Recorder(TorchDispatchMode):
         self._refs: list[_StorageRef | None] = []
         self._versions: list[int] = []
         self._writers: list[int] = []
-        self._parameter_of_storage: dict[int, str] = {}
+        self.parameter_of_storage: dict[int, str] = {}
         self._node_numbers: list[int] = []  # autograd's sequence numbers, ascending
         self._node_operators: list[int] = []
-        self._outside = True  # tensors met now are given from outside
+        self.outside = True  # tensors met now are given from outside
         self.closed = False
 
     @classmethod
@@ -238,6 +105,7 @@ class _Recorder(TorchDispatchMode):
     # -- tensors -----------------------------------------------------------------------------------------------------
 
     def meta_number(self, tensor: torch.Tensor) -> int:
+        """The place of its metadata among `recording.metas`."""
         meta = TensorMeta(
             shape=tuple(tensor.shape),
             stride=tuple(tensor.stride()) if tensor.layout is torch.strided else (),
@@ -254,6 +122,7 @@ class _Recorder(TorchDispatchMode):
         return number
 
     def fresh(self) -> int:
+        """An identity that no tensor has had."""
         self._identities += 1
         return self._identities
 
@@ -272,11 +141,13 @@ class _Recorder(TorchDispatchMode):
         return tag
 
     def attach(self, tensor: torch.Tensor, identity: int, meta: int, storage: int) -> _Tag:
+        """Give a tensor a tag."""
         tag = _Tag(identity, meta, storage, self._versions[storage])
         tensor._headway_tag = tag  # type: ignore[attr-defined]
         return tag
 
     def storage_of(self, tensor: torch.Tensor) -> int:
+        """The number of the storage that it lies in."""
         storage = tensor.untyped_storage()
         number = self._storages.get(storage._cdata)
         return self._new_storage(storage) if number is None else number
@@ -294,7 +165,7 @@ class _Recorder(TorchDispatchMode):
         reference.number = number
         self._refs.append(reference)
         self._storages[address] = number
-        if self._outside:
+        if self.outside:
             recording.storage_origin.append(-1)
         else:
             operator = len(recording.signatures)
@@ -384,16 +255,17 @@ class _Recorder(TorchDispatchMode):
             tag.value = func(*args, **kwargs)
 
     def to_fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A fake twin of a tensor that the model made or kept by itself."""
         if isinstance(tensor, FakeTensor):
             return tensor
         if tensor.device.type == "meta":
             return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
-        was, self._outside = self._outside, True
+        was, self.outside = self.outside, True
         try:
             fake = self.fake_mode.from_tensor(tensor, static_shapes=True)
             self.tag(fake)
         finally:
-            self._outside = was
+            self.outside = was
         return fake
 
     def _template(self, value: Any, tensors: list[torch.Tensor]) -> Any:
@@ -519,11 +391,10 @@ class _Recorder(TorchDispatchMode):
         func, arguments, keywords = key[:3]
         recording = self.recording
         tags_of_func = {str(tag).rsplit(".", 1)[-1] for tag in getattr(func, "tags", ())}
-        packet = getattr(func, "_overloadpacket", func)
-        formula = flop_registry.get(packet) or FLOP_FORMULAS.get(packet) or _decomposed_flop(func)
+        formula = flop_formula(func)
         out = flat if several else flat[0]
         flop = int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
-        plan: tuple[_OutputPlan | None, ...] | None = None
+        plan: tuple[OutputPlan | None, ...] | None = None
         involved = [recording.metas[number] for number in (*key[3:], *metas)]
         if (
             distinct
@@ -538,7 +409,7 @@ class _Recorder(TorchDispatchMode):
                 for item, source in zip(results, sources, strict=True)
             )
         ):
-            plans = iter([_OutputPlan(meta, source) for meta, source in zip(metas, sources, strict=True)])
+            plans = iter([OutputPlan(meta, source) for meta, source in zip(metas, sources, strict=True)])
             plan = tuple([None if item is None else next(plans) for item in flat])
         signature = Signature(
             func=func,
@@ -580,7 +451,7 @@ class _Recorder(TorchDispatchMode):
         recording.signatures.append(signature)
         recording.inputs.append(input_identities)
         recording.outputs.append(output_identities)
-        names = self._parameter_of_storage
+        names = self.parameter_of_storage
         read = [names[tag.storage] for tag in tags if tag.storage in names]
         recording.parameters_read.append(tuple(dict.fromkeys(read)) if read else ())
         if self.in_backward:
@@ -612,6 +483,7 @@ class _Recorder(TorchDispatchMode):
     # -- what autograd keeps -----------------------------------------------------------------------------------------
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Autograd saves a tensor."""
         if type(tensor) is FakeTensor:
             number = self.storage_of(tensor)
             self.recording.saved.setdefault(number, len(self.recording.signatures) - 1)
@@ -619,11 +491,13 @@ class _Recorder(TorchDispatchMode):
 
     @staticmethod
     def unpack(tensor: torch.Tensor) -> torch.Tensor:
+        """Autograd takes it back."""
         return tensor
 
     # -- modules -----------------------------------------------------------------------------------------------------
 
     def enter_module(self, name: str, args: Any, kwargs: Any) -> None:
+        """A module is called."""
         recording = self.recording
         parent = self.stack[-1][1] if self.stack else -1
         if self.in_backward:  # activation checkpointing runs it again
@@ -636,6 +510,7 @@ class _Recorder(TorchDispatchMode):
         self.path = name
 
     def leave_module(self, output: Any) -> None:
+        """It returns."""
         _, position = self.stack.pop()
         if self.in_backward:
             return
@@ -651,21 +526,6 @@ class _Recorder(TorchDispatchMode):
         tags = [self.tag(leaf) for leaf in leaves]
         call.results = tuple([tag.identity for tag in tags])
         call.result_metas = tuple([tag.meta for tag in tags])
-
-
-def _decomposed_flop(func: Any) -> Callable[..., int] | None:
-    """Operators that torch defines by others are counted by those, as torch's counter does."""
-    if not isinstance(func, torch._ops.OpOverload):
-        return None
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-        return None
-
-    def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-        with FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter:
-            func.decompose(*args, **kwargs)
-        return counter.get_total_flops()
-
-    return count
 
 
 def _hollow(tensor: torch.Tensor) -> torch.Tensor:
@@ -685,159 +545,3 @@ def _packed_bytes(tensor: torch.Tensor) -> int:
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (int(tensor.storage_offset()) + last + 1) * tensor.element_size()
-
-
-def record(
-    model: torch.nn.Module,
-    run: Callable[[torch.nn.Module, Any], Any],
-    reduce: Callable[[Any, Any], torch.Tensor],
-    inputs: Any,
-    targets: Any,
-    device: torch.device,
-    where: list[str],
-) -> Recording:
-    """Record `reduce(run(model, inputs), targets).backward()`.
-
-    `inputs` and `targets` are pytrees in which tensors are given as meta tensors of the batch size to record. `where`
-    receives the path of the module that was running, for whoever has to report an exception.
-    """
-    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    recorder = _Recorder(fake_mode)
-    recording = recorder.recording
-    with _quiet_collector(), _quiet_log(), contextlib.ExitStack() as stack:
-
-        def fake(tensor: torch.Tensor) -> torch.Tensor:
-            with fake_mode:
-                twin = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
-                if tensor.requires_grad:
-                    twin.requires_grad_()
-            recorder.tag(twin)
-            return twin
-
-        inputs, targets = pytree.tree_map_only(torch.Tensor, fake, (inputs, targets))
-        tags = [recorder.tag(leaf) for leaf in tensor_leaves(inputs)]
-        recording.model_inputs = tuple([tag.identity for tag in tags])
-        recording.model_input_metas = tuple([tag.meta for tag in tags])
-        twins = stack.enter_context(_fake_state(model, fake_mode, recorder, device))
-        stack.enter_context(_module_hooks(model, recorder))
-        stack.enter_context(torch.enable_grad())
-        recorder._outside = False
-        try:
-            with fake_mode, recorder, torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack):
-                output = run(model, inputs)
-                recording.forward_stop = len(recording.signatures)
-                leaves = tensor_leaves(output)
-                recording.model_outputs = tuple([recorder.tag(leaf).identity for leaf in leaves])
-                recording.output_storages = {recorder.storage_of(leaf) for leaf in leaves}
-                del leaves
-                recorder.path = "(loss)"
-                loss = reduce(output, targets)
-                recording.loss_stop = len(recording.signatures)
-                recorder.in_backward = True
-                if loss.requires_grad:
-                    loss.backward()
-                del loss
-        finally:
-            recorder.closed = True
-            where.append(recorder.path if recorder.path == "(loss)" or not recorder.stack else recorder.stack[-1][0])
-        read = recording.parameters_read[recording.forward_stop : recording.loss_stop]
-        recording.loss_parameters = tuple(dict.fromkeys(name for names in read for name in names))
-        for twin in twins:
-            if twin.grad is not None:
-                recording.gradients.add(recorder.storage_of(twin.grad))
-        del output
-    return recording
-
-
-@contextlib.contextmanager
-def _quiet_collector() -> Iterator[None]:
-    # Hundreds of thousands of small objects are made and kept: cyclic collection would walk them over and over.
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
-
-
-@contextlib.contextmanager
-def _quiet_log() -> Iterator[None]:
-    # It logs a traceback of what it also raises.
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    was = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(was)
-
-
-@contextlib.contextmanager
-def _fake_state(
-    model: torch.nn.Module, fake_mode: FakeTensorMode, recorder: _Recorder, device: torch.device
-) -> Iterator[list[torch.Tensor]]:
-    """Parameters and buffers of `model` replaced by fake twins; one twin for a tensor reached by several names."""
-    undo: list[tuple[dict[str, Any], str, Any]] = []
-    recurrent: list[tuple[torch.nn.RNNBase, list[Any]]] = []
-    twins: dict[int, torch.Tensor] = {}
-    parameters: list[torch.Tensor] = []
-    try:
-        with fake_mode:
-            for prefix, module in model.named_modules():
-                for name, tensor in module._parameters.items():
-                    if tensor is None:
-                        continue
-                    path = f"{prefix}.{name}" if prefix else name
-                    twin = twins.get(id(tensor))
-                    if twin is None:
-                        plain = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
-                        twin = twins[id(tensor)] = torch.nn.Parameter(plain, requires_grad=tensor.requires_grad)
-                        tag = recorder.tag(twin)
-                        recorder._parameter_of_storage[tag.storage] = path
-                        recorder.recording.parameter_tensors[path] = tag.identity
-                        parameters.append(twin)
-                    undo.append((module._parameters, name, tensor))
-                for name, tensor in module._buffers.items():
-                    if tensor is None:
-                        continue
-                    if id(tensor) not in twins:
-                        twins[id(tensor)] = torch.empty_strided(
-                            tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device
-                        )
-                        recorder.tag(twins[id(tensor)])
-                    undo.append((module._buffers, name, tensor))
-                if isinstance(module, torch.nn.RNNBase):  # keeps a second list of its parameters
-                    recurrent.append((module, module._flat_weights))
-        for table, name, tensor in undo:
-            table[name] = twins[id(tensor)]
-        for module, weights in recurrent:
-            module.__dict__["_flat_weights"] = [
-                twins[id(weight)] if isinstance(weight, torch.Tensor) else weight for weight in weights
-            ]
-        yield parameters
-    finally:
-        for table, name, tensor in undo:
-            table[name] = tensor
-        for module, weights in recurrent:
-            module.__dict__["_flat_weights"] = weights
-
-
-@contextlib.contextmanager
-def _module_hooks(model: torch.nn.Module, recorder: _Recorder) -> Iterator[None]:
-    handles = []
-    try:
-        for name, module in model.named_modules():
-
-            def enter(module, args, kwargs, *, name=name):
-                recorder.enter_module(name, args, kwargs)
-
-            def leave(module, args, kwargs, output):
-                recorder.leave_module(output)
-
-            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
-            handles.append(module.register_forward_hook(leave, with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -54,6 +54,18 @@ from headway.workload.graph import (
     Unit,
 )
 from headway.workload.kernels import (
+    elementwise,
+    expert_product,
+    flash_attention,
+    linear,
+    norm,
+    parts_of,
+    product,
+    residual,
+    rotary,
+    unfused_attention,
+)
+from headway.workload.layer_record import (
     GRADIENT,
     INPUT,
     Block,
@@ -62,18 +74,8 @@ from headway.workload.kernels import (
     Tensor,
     Use,
     constant,
-    elementwise,
-    expert_product,
-    flash_attention,
-    linear,
-    norm,
     parameter_gradient,
-    parts_of,
     per_sample,
-    product,
-    residual,
-    rotary,
-    unfused_attention,
 )
 
 __all__ = ["TransformerShape", "transformer"]
@@ -197,14 +199,18 @@ def _attention(layer: LayerRecord, x: Tensor) -> Tensor:
     )
     out = linear(layer, y, "output", shape.hidden, out_of, shape.biases)
     layer.block = -1
-    if not divided:
-        return out
-    split = {f"{name}.weight": 0 for name in columns} | {"output.weight": 1}
-    if shape.biases:
-        split |= {f"{name}.bias": 0 for name in columns}
-    stream = per_sample(shape.sequence, shape.hidden)
-    layer.blocks.append(Block(columns, ("output",), shape.kv_heads, stream, stream, split))
+    if divided:
+        _add_block(layer, columns, "output", shape.kv_heads)
     return out
+
+
+def _add_block(layer: LayerRecord, columns: tuple[str, ...], row: str, divisor: int) -> None:
+    """What tensor parallelism divides together: columns with their biases, and the row that adds up."""
+    parameters = {f"{name}.weight": 0 for name in columns} | {f"{row}.weight": 1}
+    if layer.shape.biases:
+        parameters |= {f"{name}.bias": 0 for name in columns}
+    stream = per_sample(layer.shape.sequence, layer.shape.hidden)
+    layer.blocks.append(Block(columns, (row,), divisor, stream, stream, parameters))
 
 
 def _activated(layer: LayerRecord, gate: Tensor | None, up: Tensor, module: str = "mlp") -> Tensor:
@@ -231,11 +237,7 @@ def _mlp(layer: LayerRecord, x: Tensor) -> Tensor:
         up = linear(layer, x, "up", shape.ffn, "column", shape.biases)
     out = linear(layer, _activated(layer, gate, up), "down", shape.hidden, "row", shape.biases)
     layer.block = -1
-    split = {f"{name}.weight": 0 for name in columns} | {"down.weight": 1}
-    if shape.biases:
-        split |= {f"{name}.bias": 0 for name in columns}
-    stream = per_sample(shape.sequence, shape.hidden)
-    layer.blocks.append(Block(columns, ("down",), shape.ffn, stream, stream, split))
+    _add_block(layer, columns, "down", shape.ffn)
     return out
 
 

@@ -28,7 +28,7 @@ def test_the_same_programs_cost_the_same_round_trips_on_shared_memory(store):
         verbs = SharedVerbs([node.address])
         server = Blocking(verbs, name="server")
         if store == "direct":
-            client, own = Blocking(verbs), Direct(DirectLayout(keys=2, value_bytes=64), 1)
+            client, own = Blocking(verbs), Direct(DirectLayout(keys=2, value_bytes=64), 1, lease_seconds=60.0)
             reads, writes = 1, 4
         elif store == "central":
             coordinator = Coordinator(CentralLayout(keys=2, value_bytes=64, buffers=8))

@@ -47,6 +47,7 @@ def test_the_integer_program_finds_the_same_without_knowing_that_it_is_a_chain(s
     monkeypatch.setattr(module, "dtr", _nothing)
     monkeypatch.setattr(module, "superneurons", _nothing)
     monkeypatch.setattr(module, "capuchin", _nothing)
+    monkeypatch.setattr(module, "annealed", lambda *given, **options: None)
     schedule, bound, proven = module.optimal(chain_problem(steps), checkpoints, seconds=30)
     cost = price(chain_problem(steps), schedule)
     assert cost.seconds == pytest.approx(revolve_evaluations(steps, checkpoints))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+import msgspec
 import numpy as np
 
 from headway.errors import DoesNotFitError
@@ -19,7 +20,7 @@ from headway.memory.swapping.problem import Action, Price, Problem, Schedule, St
 from headway.plan.plan import Tier
 from headway.value import Value
 
-__all__ = ["Decision", "Gap", "backward_gap", "fit", "prefetched", "program", "refuse", "replaced", "with_frees"]
+__all__ = ["Decision", "Gap", "backward_gap", "fit", "prefetched", "program", "refuse", "with_frees"]
 
 _Raw = tuple[Action, int, str]
 
@@ -411,17 +412,11 @@ def prefetched(problem: Problem, decisions: Sequence[Decision], budget_bytes: fl
             wanted += int(crowded[-1]) + 1
         if wanted < gap.after:
             memory[wanted : gap.after] += size
-            found[at] = replaced(decision, in_at=wanted)
+            found[at] = msgspec.structs.replace(decision, in_at=wanted)
             free_until = float(min(begin, begins[wanted]))
         else:
             free_until = begin
     return found
-
-
-def replaced(decision: Decision, **changes) -> Decision:
-    """The same decision with other values in the fields named."""
-    fields = {name: getattr(decision, name) for name in decision.__struct_fields__}
-    return Decision(**{**fields, **changes})
 
 
 def _memory_by_operation(problem: Problem, decisions: Sequence[Decision], budget_bytes: float) -> np.ndarray:

@@ -96,7 +96,7 @@ def solve(
     elif policy == "optimal":
         from headway.memory.swapping.policies.optimal import optimal
 
-        schedule, bound, proven = optimal(problem, budget_bytes, seconds=seconds)
+        schedule, bound, proven = optimal(problem, budget_bytes, seconds=seconds, seed=seed)
     else:
         raise InputError(f"no policy {policy!r}", place="policy", remedy=f"policies are: {', '.join(POLICIES)}")
     spent = time.perf_counter() - begin

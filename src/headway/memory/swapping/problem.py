@@ -18,9 +18,24 @@ from headway.errors import InputError
 from headway.plan.plan import Tier
 from headway.value import Value
 
-__all__ = ["Action", "Encoding", "Operation", "Path", "Price", "Problem", "Schedule", "Step", "Tensor"]
+__all__ = [
+    "EXPENSIVE_KINDS",
+    "Action",
+    "Encoding",
+    "Operation",
+    "Path",
+    "Price",
+    "Problem",
+    "Schedule",
+    "Step",
+    "Tensor",
+]
 
 Action = Literal["compute", "compute_in_place", "free", "offload", "fetch", "encode", "decode"]
+
+
+EXPENSIVE_KINDS = frozenset({"convolution", "matmul", "attention"})
+"""Kinds of operations that take nearly all the time of a step; the others stream through memory."""
 
 
 class Encoding(Value):

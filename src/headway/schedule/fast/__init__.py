@@ -1,6 +1,6 @@
 """The compiled twin of the pure machine.
 
-`engine.py` takes it where it knows the rules; `kernels.py` and `places.py` are what is compiled.
+`engine.py` takes it where it knows the rules. Compiled are `kernels.py`, `story.py`, `places.py` and `costs.py`.
 """
 
 from __future__ import annotations

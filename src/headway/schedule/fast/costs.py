@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
+from headway.compiled import compiled
 from headway.schedule.fleet import Fleet
 from headway.schedule.job import Job
 from headway.schedule.pace import Pace
@@ -58,7 +58,7 @@ def cost_table(jobs: Sequence[Job], fleet: Fleet, pace: Pace, racks: dict[str, i
     return CostTable(table, np.array(prefixes), costs.ports[0], uplinks), rows
 
 
-@numba.njit(cache=True)
+@compiled()
 def slowdown(row, devices, table, rack_of, at, used, nodes, counts):
     """As `PlacementCost.slowdown`, of the gang whose places stand in `nodes` and `counts` from `at` on."""
     order = np.empty(used, dtype=np.int64)

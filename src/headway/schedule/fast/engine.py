@@ -18,8 +18,9 @@ import numpy as np
 
 from headway.errors import InputError
 from headway.schedule.fast.costs import cost_table
-from headway.schedule.fast.kernels import JOB, ORDERS, RUN, play_compiled
+from headway.schedule.fast.kernels import play_compiled
 from headway.schedule.fast.places import PLACES
+from headway.schedule.fast.story import JOB, ORDERS, RUN
 from headway.schedule.fleet import Fleet
 from headway.schedule.job import Job
 from headway.schedule.pace import Overhead, Pace
@@ -39,12 +40,14 @@ from headway.schedule.policies.shortest import (
 from headway.schedule.policies.tiresias import DiscretisedGittins, DiscretisedLas, Las, TwoDimensionalLas
 from headway.schedule.replay import Outcome, play
 from headway.schedule.summary import Replay
+from headway.schedule.tiresias_compatible import play_policy
 from headway.schedule.traces.read import Trace
 
 __all__ = ["ENGINES", "replay_of", "run", "why_not"]
 
-ENGINES = ("auto", "fast", "pure")
-"""What carries a run out: the twin where it can, the twin or an error, the pure machine."""
+ENGINES = ("auto", "fast", "pure", "tiresias")
+"""What carries a run out: the twin where it can, the twin or an error, the pure machine; or, for comparison, the ways
+of Tiresias's public simulator (tiresias_compatible.py), which counts devices, whatever the placement."""
 
 # By exact type: a subclass may mean something else by the same name.
 _ORDER_OF: dict[type[Policy], str] = {
@@ -139,6 +142,14 @@ def run(
     if engine not in ENGINES:
         raise InputError(f"no engine {engine!r}", place="simulate cluster", remedy=f"one of {', '.join(ENGINES)}")
     begun = time.perf_counter()
+    if engine == "tiresias":
+        if overhead not in (None, Overhead()) or patience_seconds not in (None, math.inf):
+            raise InputError("knows neither overhead nor patience", place="engine tiresias", remedy="leave them out")
+        if len(fleet.devices_by_kind) > 1 or any(job.kinds for job in trace.jobs):
+            raise InputError("knows one kind of device", place="engine tiresias", remedy="take another engine")
+        outcome = play_policy(trace.jobs, fleet.devices, policy)
+        replay = replay_of(trace, fleet, outcome, seconds=time.perf_counter() - begun)
+        return replay._replace(policy=policy.name, engine=engine)
     patience = policy.patience_seconds if patience_seconds is None else patience_seconds
     if not patience > 0:
         raise InputError(f"patience of {patience} s", place="scheduler", remedy="above 0")

@@ -12,143 +12,30 @@ from __future__ import annotations
 
 import heapq
 
-import numba
 import numpy as np
 
-from headway.schedule.fast.costs import slowdown
+from headway.compiled import compiled
 from headway.schedule.fast.places import SKEW, STRICT, place_gang
+from headway.schedule.fast.story import (
+    FIXED,
+    GANDIVA,
+    HEADWAY,
+    expects,
+    leave,
+    patience_ends,
+    seat,
+    set_crossing,
+    set_key,
+    working,
+)
 from headway.schedule.policies.history import expected_effort, learn, mixture
 
-__all__ = ["JOB", "ORDERS", "RUN", "play_compiled"]
-
-JOB = np.dtype(
-    [
-        # What is known before: times in seconds; `base` and `spread` are rates, well placed and not; `cost` is the row
-        # of the table that predicts what places cost it, -1: `spread` says it.
-        ("submit", "f8"), ("duration", "f8"), ("devices", "i8"), ("base", "f8"), ("spread", "f8"), ("fewest", "i8"),
-        ("first_cost", "f8"), ("resume_cost", "f8"), ("strict", "b1"), ("offset", "i8"), ("fixed_key", "f8"),
-        ("joined", "f8"), ("cost", "i8"),
-        # As the fields of `Entry`.
-        ("running", "b1"), ("since", "f8"), ("begun", "f8"), ("rate", "f8"), ("worked", "f8"), ("service", "f8"),
-        ("ran", "f8"), ("waited", "f8"), ("overhead", "f8"), ("overhead_service", "f8"), ("level", "f8"),
-        ("level_wait", "f8"), ("queue", "i8"), ("entered", "i8"), ("settled", "b1"), ("crossing", "f8"),
-        ("started", "f8"), ("starts", "i8"), ("preemptions", "i8"), ("migrations", "i8"), ("promotions", "i8"),
-        ("finish", "f8"), ("nodes", "i8"), ("overdue", "b1"),
-        # Of this arranging: its key, whether chosen, its target (0: none, 1: what it holds, 2: another place).
-        ("end", "f8"), ("key", "f8"), ("key2", "f8"), ("chosen", "b1"), ("target", "i8"), ("target_nodes", "i8"),
-    ]
-)  # fmt: skip
-"""One row a job: what is known of it, and what `Entry` remembers."""
-
-ORDERS = ("fixed", "srtf", "srsf", "las", "2d-las-continuous", "queues", "headway", "gandiva")
-"""Kinds of key. "fixed": `fixed_key` of the row; "queues": by the rank of the queue, those that run, and entering."""
-FIXED, SRTF, SRSF, LAS, SERVICE, QUEUES, HEADWAY, GANDIVA = range(8)
-RUN = np.dtype(
-    [
-        ("order", "i8"), ("place", "i8"), ("preemptive", "b1"), ("head_blocks", "b1"), ("quantum", "f8"),
-        ("knob", "f8"), ("seed", "u8"), ("racks", "i8"), ("largest_node", "i8"), ("keep", "b1"), ("weight", "f8"),
-        ("memory", "f8"), ("patience", "f8"),
-    ]
-)  # fmt: skip
-"""The rules of a run, one row."""
-
-
-# ------------------------------------------------------------------------------------------------------ one job's story
-
-
-@numba.njit(cache=True)
-def _working(job, now):
-    return now - job.begun if job.running and now > job.begun else 0.0
-
-
-@numba.njit(cache=True)
-def _leave(job, now):
-    working = _working(job, now)
-    held = now - job.since
-    job.worked += working * job.rate
-    job.service += working * job.devices
-    job.level += working * job.devices
-    job.ran += working
-    job.overhead += held - working
-    job.overhead_service += (held - working) * job.devices
-    job.running = False
-    job.since = now
-    job.crossing = np.inf
-
-
-@numba.njit(cache=True)
-def _seat(job, now, costs, rack_of, nodes, counts):
-    if not job.running:
-        job.waited += now - job.since
-        job.level_wait += now - job.since if job.level > 0 else 0.0
-    if job.started < 0:
-        job.started = now
-    cost = job.resume_cost if job.starts > 0 else job.first_cost
-    job.starts += 1
-    job.running = True
-    job.since = now
-    job.begun = now + cost
-    if job.cost >= 0:
-        job.rate = job.base
-        if job.nodes > 1:
-            job.rate /= slowdown(job.cost, job.devices, costs, rack_of, job.offset, job.nodes, nodes, counts)
-    else:
-        job.rate = job.spread if job.nodes > 1 and job.nodes > job.fewest else job.base
-    job.end = job.begun + (job.duration - job.worked) / job.rate
-
-
-@numba.njit(cache=True)
-def _patience_ends(job, patience):
-    return job.since + patience * (1 << min(job.starts, 30))
-
-
-@numba.njit(cache=True)
-def _expects(job, time, patience):
-    """Whether it waits, and its patience ends at that time."""
-    return not job.running and np.isnan(job.finish) and _patience_ends(job, patience) == time
-
-
-@numba.njit(cache=True)
-def _set_crossing(job, thresholds, knob):
-    job.crossing = np.inf
-    if job.running:
-        if job.queue < len(thresholds):
-            job.crossing = job.begun + (thresholds[job.queue] - job.level) / job.devices
-    elif knob > 0 and job.queue > 0 and job.level > 0:
-        job.crossing = job.since + max(0.0, knob * job.level / job.devices - job.level_wait)
-
-
-@numba.njit(cache=True)
-def _set_key(job, now, order, ranks, efforts, number, quantum):
-    job.key2 = 0.0
-    if job.overdue:
-        job.key, job.key2 = -np.inf, job.since
-    elif order == FIXED:
-        job.key = job.fixed_key
-    elif order in (SRTF, SRSF):
-        left = job.duration - (job.worked + _working(job, now) * job.rate)
-        job.key = left * job.devices if order == SRSF else left
-    elif order == LAS:
-        job.key = job.ran + _working(job, now)
-    elif order == SERVICE:
-        job.key = job.service + _working(job, now) * job.devices
-    elif order == QUEUES:
-        job.key = 2.0 * ranks[job.queue] + (0.0 if job.settled else 1.0)
-        job.key2 = job.entered
-    elif order == GANDIVA:
-        job.key = (job.ran + _working(job, now) + job.joined) // quantum
-        job.key2 = 0.0 if job.running else 1.0
-    elif job.running:
-        job.key = efforts[number, job.queue] - job.resume_cost * job.devices
-    else:
-        cost = job.resume_cost if job.starts > 0 else job.first_cost
-        job.key = efforts[number, job.queue] + cost * job.devices
-
+__all__ = ["play_compiled"]
 
 # ------------------------------------------------------------------------------------------------------ sorted numbers
 
 
-@numba.njit(cache=True)
+@compiled()
 def _before(jobs, one, other):
     if jobs[one].key != jobs[other].key:
         return jobs[one].key < jobs[other].key
@@ -157,7 +44,7 @@ def _before(jobs, one, other):
     return one < other
 
 
-@numba.njit(cache=True)
+@compiled()
 def _search(jobs, line, length, number):
     low, high = 0, length
     while low < high:
@@ -169,7 +56,7 @@ def _search(jobs, line, length, number):
     return low
 
 
-@numba.njit(cache=True)
+@compiled()
 def _insert(jobs, line, length, number):
     at = _search(jobs, line, length, number)
     for place in range(length, at, -1):
@@ -177,7 +64,7 @@ def _insert(jobs, line, length, number):
     line[at] = number
 
 
-@numba.njit(cache=True)
+@compiled()
 def _remove(jobs, line, length, number):
     at = _search(jobs, line, length, number)
     assert line[at] == number
@@ -185,7 +72,7 @@ def _remove(jobs, line, length, number):
         line[place] = line[place + 1]
 
 
-@numba.njit(cache=True)
+@compiled()
 def _merge_sort(jobs, line, length, spare):
     width = 1
     while width < length:
@@ -204,7 +91,7 @@ def _merge_sort(jobs, line, length, spare):
         width *= 2
 
 
-@numba.njit(cache=True)
+@compiled()
 def _repair(jobs, line, length, spare):
     """Sort what is nearly sorted."""
     moves = 0
@@ -224,20 +111,20 @@ def _repair(jobs, line, length, spare):
 # ------------------------------------------------------------------------------------------------------------ the play
 
 
-@numba.njit(cache=True)
+@compiled()
 def _give(job, free, nodes, counts, sign):
     for place in range(job.offset, job.offset + job.nodes):
         free[nodes[place]] += sign * counts[place]
 
 
-@numba.njit(cache=True)
+@compiled()
 def _take_target(job, trial, nodes, counts, used):
     for place in range(job.offset, job.offset + used):
         trial[nodes[place]] -= counts[place]
     job.target, job.target_nodes = 2, used
 
 
-@numba.njit(cache=True)
+@compiled()
 def _log(log, length, job, number, now, nodes, counts):
     """Rows (job, start, stop, node, devices) of the segment that ends now."""
     if now <= job.since:
@@ -253,7 +140,7 @@ def _log(log, length, job, number, now, nodes, counts):
     return log, length
 
 
-@numba.njit(cache=True)
+@compiled()
 def _make_room(jobs, chosen, total, position, trial, rack_of, rules, turn, held, held_counts, nodes, counts):
     """As `_Arranging._make_room`: nodes used or -1."""
     loose = trial.copy()
@@ -289,7 +176,7 @@ def _make_room(jobs, chosen, total, position, trial, rack_of, rules, turn, held,
     return used, turn
 
 
-@numba.njit(cache=True)
+@compiled()
 def play_compiled(
     jobs, node_devices, rack_of, rules_row, thresholds, ranks, rows, history, bounds, nodes, counts, log, costs
 ):
@@ -347,7 +234,7 @@ def play_compiled(
             if len(crossings) > 0:
                 wakes = crossings[0][0]
         while len(patiences) > 0 and (
-            patiences[0][0] <= now or not _expects(jobs[patiences[0][1]], patiences[0][0], rules.patience)
+            patiences[0][0] <= now or not expects(jobs[patiences[0][1]], patiences[0][0], rules.patience)
         ):
             heapq.heappop(patiences)
         if len(patiences) > 0:
@@ -369,7 +256,7 @@ def play_compiled(
                 continue
             if rules.keep:
                 log, logged = _log(log, logged, job, number, now, nodes, counts)
-            _leave(job, now)
+            leave(job, now)
             _give(job, free, nodes, counts, 1)
             job.finish = now
             place = 0
@@ -388,7 +275,7 @@ def play_compiled(
         if order == GANDIVA and arrived < total and jobs[arrived].submit <= now:
             for place in range(runs):
                 job = jobs[running[place]]
-                fewest = min(fewest, job.ran + _working(job, now) + job.joined)
+                fewest = min(fewest, job.ran + working(job, now) + job.joined)
             for place in range(waits):
                 job = jobs[waiting[place]]
                 fewest = min(fewest, job.ran + job.joined)
@@ -406,11 +293,11 @@ def play_compiled(
             if order == HEADWAY:
                 mixture(history, rows[number], rules.weight, share)
                 expected_effort(share, bounds, efforts[number])
-            _set_key(job, now, order, ranks, efforts, number, rules.quantum)
+            set_key(job, now, order, ranks, efforts, number, rules.quantum)
             _insert(jobs, waiting, waits, number)
             waits += 1
             if impatient:
-                heapq.heappush(patiences, (_patience_ends(job, rules.patience), number))
+                heapq.heappush(patiences, (patience_ends(job, rules.patience), number))
 
         # Thresholds that were reached, in the order of submission.
         if has_queues:
@@ -434,9 +321,9 @@ def play_compiled(
                         job.entered, job.settled = turn, False
                         job.queue, job.level, job.level_wait = 0, 0.0, 0.0
                         job.promotions += 1
-                        _set_key(job, now, order, ranks, efforts, number, rules.quantum)
+                        set_key(job, now, order, ranks, efforts, number, rules.quantum)
                         _insert(jobs, waiting, waits - 1, number)
-                    _set_crossing(job, thresholds, rules.knob)
+                    set_crossing(job, thresholds, rules.knob)
                 if job.crossing < np.inf:
                     heapq.heappush(crossings, (job.crossing, number))
 
@@ -444,10 +331,10 @@ def play_compiled(
         while len(patiences) > 0 and patiences[0][0] <= now:
             time, number = heapq.heappop(patiences)
             job = jobs[number]
-            if _expects(job, time, rules.patience) and not job.overdue:
+            if expects(job, time, rules.patience) and not job.overdue:
                 _remove(jobs, waiting, waits, number)
                 job.overdue = True
-                _set_key(job, now, order, ranks, efforts, number, rules.quantum)
+                set_key(job, now, order, ranks, efforts, number, rules.quantum)
                 _insert(jobs, waiting, waits - 1, number)
 
         # Who is to run where.
@@ -493,7 +380,7 @@ def play_compiled(
         else:
             if dynamic:
                 for place in range(runs):
-                    _set_key(jobs[running[place]], now, order, ranks, efforts, running[place], rules.quantum)
+                    set_key(jobs[running[place]], now, order, ranks, efforts, running[place], rules.quantum)
             _repair(jobs, running, runs, spare)
             # First for whom there are enough, in order.
             left = capacity
@@ -607,8 +494,8 @@ def play_compiled(
             if rules.keep:
                 log, logged = _log(log, logged, job, number, now, nodes, counts)
             _give(job, free, nodes, counts, 1)
-            _leave(job, now)
-            _set_crossing(job, thresholds, rules.knob)
+            leave(job, now)
+            set_crossing(job, thresholds, rules.knob)
             if job.crossing < np.inf:
                 heapq.heappush(crossings, (job.crossing, number))
         for place in range(moving):
@@ -617,7 +504,7 @@ def play_compiled(
             if rules.keep:
                 log, logged = _log(log, logged, job, number, now, nodes, counts)
             _give(job, free, nodes, counts, 1)
-            _leave(job, now)
+            leave(job, now)
             job.migrations += 1
         if fallen > 0:
             kept = 0
@@ -641,11 +528,11 @@ def play_compiled(
             waits -= seated
         for place in range(fallen):
             number = stopped[place]
-            _set_key(jobs[number], now, order, ranks, efforts, number, rules.quantum)
+            set_key(jobs[number], now, order, ranks, efforts, number, rules.quantum)
             _insert(jobs, waiting, waits, number)
             waits += 1
             if impatient:
-                heapq.heappush(patiences, (_patience_ends(jobs[number], rules.patience), number))
+                heapq.heappush(patiences, (patience_ends(jobs[number], rules.patience), number))
         for place in range(seated + moving):
             number = chosen[place] if place < seated else spare[place - seated]
             job = jobs[number]
@@ -655,12 +542,12 @@ def play_compiled(
             for at in range(job.offset, job.offset + job.nodes):
                 nodes[at], counts[at] = target_nodes[at], target_counts[at]
             _give(job, free, nodes, counts, -1)
-            _seat(job, now, costs, rack_of, nodes, counts)
+            seat(job, now, costs, rack_of, nodes, counts)
             if job.overdue:
                 job.overdue = False
-                _set_key(job, now, order, ranks, efforts, number, rules.quantum)
+                set_key(job, now, order, ranks, efforts, number, rules.quantum)
             heapq.heappush(ends, (job.end, number))
-            _set_crossing(job, thresholds, rules.knob)
+            set_crossing(job, thresholds, rules.knob)
             if job.crossing < np.inf:
                 heapq.heappush(crossings, (job.crossing, number))
             if place < seated:

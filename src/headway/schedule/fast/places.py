@@ -6,8 +6,9 @@ the gang is to wait. `free[i]` devices are free on node i, and no node has more 
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from headway.compiled import compiled
 
 __all__ = ["PLACES", "SKEW", "STRICT", "place_gang"]
 
@@ -16,14 +17,14 @@ FIRST_FIT, BEST_FIT, CONSOLIDATED, STRICT, RANDOM, SKEW = range(6)
 """The rules, by the numbers that `RUN` has for them."""
 
 
-@numba.njit(cache=True)
+@compiled()
 def _mixed(word):
     word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return word ^ (word >> np.uint64(31))
 
 
-@numba.njit(cache=True)
+@compiled()
 def _first_fit(devices, free, at, nodes, counts):
     used = 0
     for node in range(len(free)):
@@ -37,7 +38,7 @@ def _first_fit(devices, free, at, nodes, counts):
     return -1
 
 
-@numba.njit(cache=True)
+@compiled()
 def _snuggest(devices, free):
     found, fewest = -1, 0
     for node in range(len(free)):
@@ -49,7 +50,7 @@ def _snuggest(devices, free):
     return found
 
 
-@numba.njit(cache=True)
+@compiled()
 def _best_fit(devices, free, largest, at, nodes, counts):
     found = _snuggest(devices, free)
     if found >= 0:
@@ -68,7 +69,7 @@ def _best_fit(devices, free, largest, at, nodes, counts):
     return -1
 
 
-@numba.njit(cache=True)
+@compiled()
 def _fewest(devices, free, rack_of, rack, largest, at, nodes, counts):
     """In one rack (-1: in all): the emptiest nodes first, the remainder where it fits best."""
     used = 0
@@ -94,7 +95,7 @@ def _fewest(devices, free, rack_of, rack, largest, at, nodes, counts):
     return -1
 
 
-@numba.njit(cache=True)
+@compiled()
 def _consolidated(devices, free, rack_of, racks, largest, strict, fewest, at, nodes, counts):
     found = _snuggest(devices, free)
     if found >= 0:
@@ -123,7 +124,7 @@ def _consolidated(devices, free, rack_of, racks, largest, strict, fewest, at, no
     return used
 
 
-@numba.njit(cache=True)
+@compiled()
 def _fewest_bounded(devices, free, rack_of, rack, largest, most, nodes, counts):
     """As `_fewest`, -1 if it takes more than `most` nodes."""
     needed, left = 0, devices
@@ -137,7 +138,7 @@ def _fewest_bounded(devices, free, rack_of, rack, largest, most, nodes, counts):
     return _fewest(devices, free, rack_of, rack, largest, 0, nodes, counts)
 
 
-@numba.njit(cache=True)
+@compiled()
 def _random(devices, free, seed, turn, at, nodes, counts):
     total = 0
     for count in free:
@@ -165,7 +166,7 @@ def _random(devices, free, seed, turn, at, nodes, counts):
     return used
 
 
-@numba.njit(cache=True)
+@compiled()
 def place_gang(job, free, rack_of, rules, turn, nodes, counts):
     """How many nodes the job takes, written at its offset; -1: none."""
     devices, at, place = job.devices, job.offset, rules.place

@@ -18,7 +18,24 @@ from headway.errors import InputError
 from headway.hardware.cluster import Cluster
 from headway.schedule.fleet import Fleet
 
-__all__ = ["ModelStep", "PlacementCost"]
+__all__ = ["ModelStep", "PlacementCost", "crossing_bytes", "stored_bytes"]
+
+
+def stored_bytes(elements: Sequence[int], servers: int) -> tuple[float, ...]:
+    """Bytes (float32) on the first 0, 1, ... of as many parameter servers: tensor i is on server i mod `servers`."""
+    server = [0.0] * servers
+    for place, count in enumerate(elements):
+        server[place % servers] += 4.0 * count
+    return (0.0, *accumulate(server))
+
+
+def crossing_bytes(own: float, whole: float, workers: int, total: int) -> float:
+    """Bytes in the busier direction of a node (or a rack) while gradients are pushed; as many when they are pulled.
+
+    It has `workers` of `total` workers, and servers with `own` of `whole` bytes: in come the gradients of its tensors
+    from the workers elsewhere, out go its workers' gradients of all other tensors.
+    """
+    return max(own * (total - workers), workers * (whole - own))
 
 
 class ModelStep(NamedTuple):
@@ -136,14 +153,11 @@ class PlacementCost:
         return compute + self._transfer_seconds(model, [(count, port, "") for _, count in placed])
 
     def prefix(self, model: str, workers: int) -> tuple[float, ...]:
-        """Bytes (float32) on the first 0, 1, ... of as many servers: tensor i is on server i mod `workers`."""
+        """`stored_bytes` of a model on as many servers, computed once."""
         key = (model, workers)
         found = self._prefixes.get(key)
         if found is None:
-            server = [0.0] * workers
-            for place, count in enumerate(self.models[model].elements):
-                server[place % workers] += 4.0 * count
-            found = self._prefixes[key] = (0.0, *accumulate(server))
+            found = self._prefixes[key] = stored_bytes(self.models[model].elements, workers)
         return found
 
     def _transfer_seconds(self, model: str, rates: Sequence[tuple[int, float, str]]) -> float:
@@ -161,13 +175,12 @@ class PlacementCost:
         for count, port, rack in rates:
             own = prefix[begin + count] - prefix[begin]
             begin += count
-            slowest = max(slowest, max(own * (total - count), count * (prefix[total] - own)) / port)
+            slowest = max(slowest, crossing_bytes(own, prefix[total], count, total) / port)
             workers, stored = held.get(rack, (0, 0.0))
             held[rack] = (workers + count, stored + own)
         for rack, (workers, own) in held.items():
             if rack in self.uplinks:
-                crossing = max(own * (total - workers), workers * (prefix[total] - own))
-                slowest = max(slowest, crossing / self.uplinks[rack])
+                slowest = max(slowest, crossing_bytes(own, prefix[total], workers, total) / self.uplinks[rack])
         return 2 * slowest
 
 

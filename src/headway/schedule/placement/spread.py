@@ -18,6 +18,7 @@ from headway.errors import InputError
 from headway.hardware.cluster import Cluster
 from headway.predict.communication import Communication, all_reduce_seconds
 from headway.predict.step import Predictor
+from headway.schedule.placement.cost import crossing_bytes, stored_bytes
 from headway.workload import zoo
 from headway.workload.graph import Workload
 
@@ -111,13 +112,10 @@ def node_traffic(elements: Sequence[int], workers: Sequence[int]) -> float:
     node i, each with a parameter server beside it.
     """
     total = sum(workers)
-    server = [0.0] * total
-    for place, count in enumerate(elements):
-        server[place % total] += 4.0 * count
-    whole = sum(server)
+    prefix = stored_bytes(elements, total)
     begin, busiest = 0, 0.0
     for count in workers:
-        own = sum(server[begin : begin + count])
+        own = prefix[begin + count] - prefix[begin]
         begin += count
-        busiest = max(busiest, own * (total - count), count * (whole - own))
+        busiest = max(busiest, crossing_bytes(own, prefix[total], count, total))
     return busiest

@@ -93,7 +93,7 @@ class RoundPolicy(Policy):
                     stays = entry.running and _kind(entry, view) == kind and not (begins and view.repays(entry))
                     lacking.append(((not stays, had / (part * present), -part, number), entry, kind))
         lacking.sort(key=lambda item: item[0])
-        wishes, seen, left = [], set(), _by_kind(view)
+        wishes, seen, left = [], set(), dict(view.fleet.devices_by_kind)
         for _, entry, kind in lacking:
             if entry.number not in seen and left.get(kind, 0) >= entry.job.devices:
                 left[kind] -= entry.job.devices
@@ -140,7 +140,7 @@ class MaxMin(RoundPolicy):
         level = fair_shares(
             [entry.job.devices for entry in entries], [entry.job.weight for entry in entries], view.capacity
         )
-        kinds = _by_kind(view)
+        kinds = view.fleet.devices_by_kind
         found = {}
         for entry, part in zip(entries, level, strict=True):
             usable = [kind for kind in kinds if not entry.job.kinds or kind in entry.job.kinds]
@@ -165,10 +165,3 @@ def fair_shares(devices: Sequence[int], weights: Sequence[float], capacity: int)
 
 def _kind(entry: Entry, view: View) -> str:
     return view.fleet.nodes[entry.counts[0][0]].kind
-
-
-def _by_kind(view: View) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for node in view.fleet.nodes:
-        found[node.kind] = found.get(node.kind, 0) + node.devices
-    return found

@@ -39,7 +39,7 @@ class Gandiva(Policy):
         """A newcomer joins the round where the one is that had fewest slices, else it would shut all others out."""
         self._slices[entry.number] = -1.0
 
-    def ended(self, entry: Entry, now: float) -> None:
+    def left(self, entry: Entry) -> None:
         """It leaves the round."""
         self._slices.pop(entry.number, None)
 
@@ -48,8 +48,6 @@ class Gandiva(Policy):
 
     def arrange(self, view: View) -> list[Wish]:
         """By whole slices had, those that run first; then whoever can be packed onto one of those."""
-        known = {entry.number for entry in view.entries}
-        self._slices = {number: joined for number, joined in self._slices.items() if number in known}
         old = [entry for entry in view.entries if self._slices.get(entry.number, 0.0) >= 0]
         fewest = min((self._had(entry, view.now) for entry in old), default=0.0)
         for number, joined in self._slices.items():

@@ -31,10 +31,7 @@ class Gavel(RoundPolicy):
         """Of the program, kept until other jobs are there."""
         numbers = tuple(entry.number for entry in view.entries)
         if self._solved is None or self._solved[0] != numbers:
-            devices: dict[str, int] = {}
-            for node in view.fleet.nodes:
-                devices[node.kind] = devices.get(node.kind, 0) + node.devices
-            parts = fair_time([entry.job for entry in view.entries], devices)
+            parts = fair_time([entry.job for entry in view.entries], view.fleet.devices_by_kind)
             self._solved = (numbers, dict(zip(numbers, parts, strict=True)))
         return self._solved[1]
 

@@ -95,9 +95,12 @@ class HeadwayPolicy(Policy):
             self.steady = False
         self._efforts[entry.number] = self.history.efforts(entry.job)
 
+    def left(self, entry: Entry) -> None:
+        """What was known when it came counts for nobody else."""
+        self._efforts.pop(entry.number, None)
+
     def ended(self, entry: Entry, now: float) -> None:
         """Learn its service."""
-        self._efforts.pop(entry.number, None)
         self.history.learn(entry.job, entry.service)
 
     def snapshot(self) -> Any:

@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numba
 import numpy as np
 
+from headway.compiled import compiled
 from headway.errors import InputError
 from headway.schedule.job import Job
 
@@ -49,7 +49,7 @@ def group_rows(jobs: Sequence[Job]) -> tuple[np.ndarray, int]:
     return rows, len(numbers)
 
 
-@numba.njit(cache=True)
+@compiled()
 def learn(counts: np.ndarray, row: np.ndarray, bounds: np.ndarray, service: float, memory: float) -> None:
     """Count a job that needed `service` in all of its groups. `counts`: [groups, bins]."""
     at = 0
@@ -67,7 +67,7 @@ def learn(counts: np.ndarray, row: np.ndarray, bounds: np.ndarray, service: floa
                 own[column] *= 0.5
 
 
-@numba.njit(cache=True)
+@compiled()
 def mixture(counts: np.ndarray, row: np.ndarray, weight: float, out: np.ndarray) -> None:
     """The distribution over the bins for a job in these groups, into `out`."""
     bins = len(out)
@@ -82,7 +82,7 @@ def mixture(counts: np.ndarray, row: np.ndarray, weight: float, out: np.ndarray)
             out[column] = (own[column] + weight * out[column]) / (total + weight)
 
 
-@numba.njit(cache=True)
+@compiled()
 def expected_effort(share: np.ndarray, bounds: np.ndarray, out: np.ndarray) -> None:
     """For each bin, the least device-seconds per job that ends, for a job that has attained the bin's lower bound.
 

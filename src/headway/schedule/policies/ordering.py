@@ -109,6 +109,9 @@ class Policy:
     def submitted(self, entry: Entry, now: float) -> None:
         """A job has come: for policies that learn."""
 
+    def left(self, entry: Entry) -> None:
+        """A job has ended or was cancelled: for policies that keep something of each. `ended` follows, if it has."""
+
     def ended(self, entry: Entry, now: float) -> None:
         """A job has done all of its work, its segment closed: for policies that learn."""
 

@@ -1,4 +1,4 @@
-"""Traces of jobs as others publish them, read into `Job`s: seven formats, told apart by their columns.
+"""Traces of jobs as others publish them, read into `Job`s: eight formats, told apart by their columns.
 
 | format | whose | times | what is added to it |
 |---|---|---|---|

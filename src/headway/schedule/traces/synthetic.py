@@ -163,7 +163,9 @@ def synthesize(
         ("arrivals", arrivals, arrivals in ("poisson", "diurnal")),
     ):
         if not right:
-            raise InputError(f"{name} is {value}", place="synthetic trace", remedy="see headway.schedule.synthetic")
+            raise InputError(
+                f"{name} is {value}", place="synthetic trace", remedy="see headway.schedule.traces.synthetic"
+            )
     random = np.random.default_rng(seed)
     weights = np.array([one.jobs for one in mix.sizes], dtype=float)
     # Users and their templates: the size is the template's, the run time scatters around the template's level.

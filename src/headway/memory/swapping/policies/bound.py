@@ -27,20 +27,24 @@ from collections.abc import Sequence
 from typing import Any
 
 from headway.errors import MissingExtraError
-from headway.memory.swapping.decisions import Decision, program
+from headway.memory.swapping.decisions import program
+from headway.memory.swapping.policies.integer_program import model_of, new_solver
 from headway.memory.swapping.pricing import memory_by_step
 from headway.memory.swapping.problem import Problem
 
-__all__ = ["lower_bound", "peak_decisions"]
+__all__ = ["lower_bound"]
 
 _MARKS = 12  # of time, on each side of the first instant
 _INSTANTS = ((1, 0.7), (3, 1.0))  # of one program after the other, and what each may take of the seconds left
 _GAP = 1e-4  # between what a program has found and its bound: then the next is tried
 
 
-def lower_bound(problem: Problem, budget_bytes: float, *, seconds: float = 20.0) -> float:
+def lower_bound(
+    problem: Problem, budget_bytes: float, *, seconds: float = 20.0, known_seconds: float = float("inf")
+) -> float:
     """Seconds that no schedule under `budget_bytes` goes below (infinite: none fits), by about `seconds` of search.
 
+    `known_seconds`: what a schedule that fits takes. Nothing slower is looked at, which makes the search shorter.
     Schedules with encodings, or with another order of first computations, are not meant. Raises MissingExtraError
     without highspy (extra `solve`).
     """
@@ -56,24 +60,8 @@ def lower_bound(problem: Problem, budget_bytes: float, *, seconds: float = 20.0)
         left = seconds - (time.perf_counter() - begin)
         instants = _instants(memory, over, count)
         if left > 0 and len(instants) == count:
-            found, _ = _Relaxation(problem, budget_bytes, instants).solve(share * left)
-            bound = max(bound, found)
+            bound = max(bound, _Relaxation(problem, budget_bytes, instants, known_seconds).solve(share * left))
     return bound
-
-
-def peak_decisions(problem: Problem, budget_bytes: float, *, seconds: float = 5.0) -> list[Decision]:
-    """What the program for one instant, that of the peak, decides about each tensor: a beginning for a schedule.
-
-    The schedule that follows may need more memory than the budget, for what is repeated takes some. Empty where
-    nothing needs to be decided, or nothing was found. Raises MissingExtraError without highspy.
-    """
-    memory = _memory_by_operation(problem)
-    over = [at for at, each in enumerate(memory) if each > budget_bytes]
-    if not over or problem.bytes_needed > budget_bytes:
-        return []
-    relaxation = _Relaxation(problem, budget_bytes, _instants(memory, over, 1))
-    _, values = relaxation.solve(seconds)
-    return relaxation.decisions(values) if values else []
 
 
 def _memory_by_operation(problem: Problem) -> list[float]:
@@ -103,10 +91,13 @@ def _instants(memory: Sequence[float], over: Sequence[int], count: int) -> list[
 class _Relaxation:
     """The program for some instants; columns and rows are collected and handed to HiGHS at once."""
 
-    def __init__(self, problem: Problem, budget_bytes: float, instants: Sequence[int]) -> None:
+    def __init__(
+        self, problem: Problem, budget_bytes: float, instants: Sequence[int], known_seconds: float = float("inf")
+    ) -> None:
         self.problem = problem
         self.budget = budget_bytes
         self.instants = list(instants)
+        self.known_seconds = known_seconds
         self.upper: list[float] = []
         self.lower: list[float] = []
         self.whole: list[bool] = []
@@ -145,6 +136,7 @@ class _Relaxation:
         self.places = sorted({0, *marks, *self.instants, count})
         infinite = float("inf")
         self.time = {place: self._column(infinite, whole=False) for place in self.places}
+        self.upper[self.time[count]] = self.known_seconds / self.scale * (1 + 1e-9)
         for place, following in itertools.pairwise(self.places):
             passed = sum(operations[at].seconds for at in range(place, following))
             self._row(passed / self.scale, [(self.time[following], 1.0), (self.time[place], -1.0)])
@@ -269,65 +261,23 @@ class _Relaxation:
                     if moved and (place <= stop):
                         self._row(after, [(self.time[place], 1.0), (self.time[start], -1.0), *moved])
 
-    def decisions(self, values: Sequence[float]) -> list[Decision]:
-        """What a solution says about the tensors at the first instant."""
-        path = min(self.problem.paths, key=lambda each: -each.read_bytes_per_second, default=None)
-        saved = set(self.problem.saved)
-        found: list[Decision] = []
-        for (interval, tensor), column in self.held.items():
-            if interval or values[column] > 0.5 or tensor not in saved:
-                continue
-            fetched = self.fetched.get((0, tensor))
-            again = self.repeated.get((0, self.problem.tensors[tensor].maker))
-            if fetched is not None and path is not None and values[fetched] > 0.5:
-                found.append(Decision(tensor=tensor, action="swap", tier=path.tier))
-            elif again is not None:
-                found.append(Decision(tensor=tensor, action="recompute"))
-        return found
-
-    def solve(self, seconds: float) -> tuple[float, list[float]]:
-        """The bound in seconds that HiGHS has after so many (infinite where nothing obeys), and its best solution."""
+    def solve(self, seconds: float) -> float:
+        """The bound in seconds that HiGHS has after so many: what is known, or infinite, where nothing obeys."""
         try:
             import highspy
         except ImportError:
             raise MissingExtraError(library="highspy", extra="solve", place="lower_bound") from None
-        solver = highspy.Highs()
-        for option, value in (
-            ("output_flag", False),
-            ("threads", 1),
-            ("time_limit", float(seconds)),
-            ("mip_rel_gap", _GAP),
-        ):
-            solver.setOptionValue(option, value)
+        solver = new_solver(highspy, seconds)
+        solver.setOptionValue("mip_rel_gap", _GAP)
         solver.passModel(self._model(highspy))
         solver.run()
         if solver.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
-            return float("inf"), []
-        info = solver.getInfo()
-        bound = float(info.mip_dual_bound)
-        is_found = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
-        values = list(solver.getSolution().col_value) if is_found else []
-        return (bound * self.scale if 0 < bound < float("inf") else 0.0), values
+            return self.known_seconds
+        bound = float(solver.getInfo().mip_dual_bound)
+        return bound * self.scale if 0 < bound < float("inf") else 0.0
 
     def _model(self, highspy: Any) -> Any:
-        model = highspy.HighsLp()
-        model.num_col_, model.num_row_ = len(self.upper), len(self.rows)
         costs = [0.0] * len(self.upper)
         costs[self.time[len(self.problem.operations)]] = 1.0
-        model.col_cost_, model.col_lower_, model.col_upper_ = costs, self.lower, self.upper
-        model.row_lower_ = [least for least, _ in self.rows]
-        model.row_upper_ = [float("inf")] * len(self.rows)
-        matrix = model.a_matrix_
-        matrix.format_ = highspy.MatrixFormat.kRowwise
-        starts, columns, values = [0], [], []
-        for _, terms in self.rows:
-            summed: dict[int, float] = {}
-            for column, value in terms:
-                summed[column] = summed.get(column, 0.0) + value
-            columns.extend(summed)
-            values.extend(summed.values())
-            starts.append(len(columns))
-        matrix.start_, matrix.index_, matrix.value_ = starts, columns, values
-        whole, real = highspy.HighsVarType.kInteger, highspy.HighsVarType.kContinuous
-        model.integrality_ = [whole if each else real for each in self.whole]
-        return model
+        rows = [(least, float("inf"), terms) for least, terms in self.rows]
+        return model_of(highspy, costs, self.lower, self.upper, rows, self.whole)

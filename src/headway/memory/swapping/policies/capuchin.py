@@ -14,8 +14,10 @@ import bisect
 import heapq
 from itertools import accumulate
 
+import msgspec
+
 from headway.errors import DoesNotFitError
-from headway.memory.swapping.decisions import Decision, backward_gap, fit, program, replaced
+from headway.memory.swapping.decisions import Decision, backward_gap, fit, program
 from headway.memory.swapping.pricing import lateness, price
 from headway.memory.swapping.problem import Price, Problem, Schedule
 from headway.plan.plan import Tier
@@ -154,6 +156,6 @@ def _triggered(
             gap = backward_gap(problem, decision.tensor)
             moment = begins[gap.after] - lead[decision.tensor] * problem.tensors[decision.tensor].bytes / rate
             at = max(bisect.bisect_right(begins, moment) - 1, gap.before + 1)
-            decision = replaced(decision, in_at=at if at < gap.after else -1)
+            decision = msgspec.structs.replace(decision, in_at=at if at < gap.after else -1)
         found.append(decision)
     return found

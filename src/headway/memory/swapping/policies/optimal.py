@@ -14,7 +14,8 @@ nothing. The end of the step is then below every schedule that has no encodings,
 the first time and does not move the same tensor out and back within one stage; the schedule itself is priced by the
 simulator, waiting included.
 
-The best answer of the other policies comes first: the program is asked for less time only, which fixes much of it.
+The best answer of the other policies and of a local search (`annealing.py`) comes first: the program is asked for less
+time only, which fixes much of it. Steps too long for all stages are left to the search.
 
 Exact for operations with one output each; where one has several, a recomputation counts those that are still there
 twice. A chain of equal tensors is solved by dynamic programming instead. What other policies find is the answer where
@@ -29,11 +30,13 @@ from typing import Any
 
 from headway.errors import DoesNotFitError, MissingExtraError
 from headway.memory.swapping.chains import as_chain, chain_schedule
-from headway.memory.swapping.decisions import prefetched, program, refuse, with_frees
-from headway.memory.swapping.policies.bound import lower_bound, peak_decisions
+from headway.memory.swapping.decisions import program, refuse, with_frees
+from headway.memory.swapping.policies.annealing import annealed
+from headway.memory.swapping.policies.bound import lower_bound
 from headway.memory.swapping.policies.capuchin import capuchin
 from headway.memory.swapping.policies.checkpointing import square_root
 from headway.memory.swapping.policies.dtr import dtr
+from headway.memory.swapping.policies.integer_program import model_of, new_solver
 from headway.memory.swapping.policies.superneurons import superneurons
 from headway.memory.swapping.pricing import price
 from headway.memory.swapping.problem import Action, Problem, Schedule
@@ -41,21 +44,23 @@ from headway.memory.swapping.problem import Action, Problem, Schedule
 __all__ = ["optimal"]
 
 _LARGEST = 80  # operations
-_STAGES = 0.7  # of the seconds go to the program with all stages, or to schedules; the others to the bound
-_SHARES = (1.0, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7)  # of the budget, asked for at the peak
+# Of the seconds: for the programs with all stages, and for the search before them; the rest is for the bound.
+_STAGES, _SEARCH_BEFORE = 0.6, 0.1
+_SEARCH_LONGEST = 0.01  # seconds for each operation: more does not help the search before the programs
+_SEARCH = 0.7  # the same where there are no such programs
 _RELAXATION = 0.8  # of the seconds may go to the linear relaxation
 _INTERIOR = 1e-6  # what an interior point's objective may miss the optimum by
 _WINDOWS = 8  # so many beginnings and ends of the windows in which transfers must have happened
 
 
 def optimal(
-    problem: Problem, budget_bytes: float, *, seconds: float = 60.0, largest: int = _LARGEST
+    problem: Problem, budget_bytes: float, *, seconds: float = 60.0, largest: int = _LARGEST, seed: int = 0
 ) -> tuple[Schedule, float, bool]:
     """The best schedule found in `seconds`, a bound below all of them, whether it was proven best.
 
     For more than `largest` operations there is no integer program with all stages: the schedule is the best of other
-    policies and of what `bound.py` decides at the peak, and the bound is that of `bound.py`. Raises DoesNotFitError if
-    no schedule fits or none was found, MissingExtraError without highspy (extra `solve`).
+    policies and of the search, and the bound is that of `bound.py`. Raises DoesNotFitError if no schedule fits or none
+    was found, MissingExtraError without highspy (extra `solve`).
     """
     if as_chain(problem):
         found = chain_schedule(problem, budget_bytes)
@@ -64,18 +69,28 @@ def optimal(
         return found[0], found[1], True
     if problem.bytes_needed > budget_bytes:
         raise refuse(problem, "optimal", problem.bytes_needed, budget_bytes)
-    without = Problem(name=problem.name, operations=problem.operations, tensors=problem.tensors)
-    # Without transfers first: fewer variables, and what they cannot hide is not in the program's objective.
-    asked = (without, problem) if problem.paths else (without,)
+    whole = program(problem, (), policy="optimal")
+    if price(problem, whole).peak_bytes <= budget_bytes:
+        return whole, problem.compute_seconds, True
     candidates: list[Schedule] = []
     for policy in (square_root, dtr, superneurons, capuchin):
         try:
             candidates.append(policy(problem, budget_bytes))
         except DoesNotFitError:
             continue
-    known = min((price(problem, candidate).seconds for candidate in candidates), default=float("inf"))
+    is_small = len(problem.operations) <= largest
+    # Without transfers first: fewer variables, and what they cannot hide is not in the program's objective.
+    without = Problem(name=problem.name, operations=problem.operations, tensors=problem.tensors)
+    asked = (without, problem) if problem.paths else (without,)
+    longest = (
+        min(_SEARCH_BEFORE * seconds, _SEARCH_LONGEST * len(problem.operations)) if is_small else _SEARCH * seconds
+    )
+    found = annealed(problem, budget_bytes, candidates, seconds=longest, seed=seed)
+    if found is not None:
+        candidates.append(found)
     bound, proven = 0.0, False
-    if len(problem.operations) <= largest:
+    if is_small:
+        known = min((price(problem, candidate).seconds for candidate in candidates), default=float("inf"))
         for each in asked:
             share = 1.0 if not problem.paths else 0.15 if each is without else 0.85
             raw, bound, proven = _Program(each, budget_bytes, known).solve(share * _STAGES * seconds)
@@ -84,11 +99,10 @@ def optimal(
                 if price(problem, found).peak_bytes <= budget_bytes * (1 + 1e-9):
                     candidates.append(found)
                     known = min(known, price(problem, found).seconds)
-    else:
-        for each in asked:
-            candidates += _guided(each, problem, budget_bytes, _STAGES * seconds / len(asked))
     if not proven:
-        bound = max(bound, lower_bound(problem, budget_bytes, seconds=(1 - _STAGES) * seconds))
+        share = 1 - (_STAGES + _SEARCH_BEFORE if is_small else _SEARCH)
+        known = min((price(problem, candidate).seconds for candidate in candidates), default=float("inf"))
+        bound = max(bound, lower_bound(problem, budget_bytes, seconds=share * seconds, known_seconds=known))
     if not candidates:
         if proven or bound == float("inf"):
             raise refuse(problem, "optimal", float("inf"), budget_bytes)
@@ -101,23 +115,6 @@ def optimal(
     least = min(costs)
     best = candidates[costs.index(least)]
     return Schedule(steps=best.steps, policy="optimal"), bound, least <= bound * (1 + 1e-6)
-
-
-def _guided(asked: Problem, problem: Problem, budget_bytes: float, seconds: float) -> list[Schedule]:
-    """Schedules that begin from what the bound's program decides at the peak, asked for less than the budget.
-
-    How much less: what is repeated takes memory that the program leaves out, so several shares are tried.
-    """
-    found: list[Schedule] = []
-    for share in _SHARES:
-        decisions = peak_decisions(asked, share * budget_bytes, seconds=seconds / len(_SHARES))
-        if not decisions:
-            continue
-        for each in (decisions, prefetched(problem, decisions, budget_bytes)):
-            schedule = program(problem, each, budget_bytes)
-            if price(problem, schedule).peak_bytes <= budget_bytes * (1 + 1e-9):
-                found.append(schedule)
-    return found
 
 
 class _Program:
@@ -346,7 +343,7 @@ class _Program:
             raise MissingExtraError(library="highspy", extra="solve", place="policy optimal") from None
         begin = time.perf_counter()
         relaxed = self._relaxation(highspy, seconds * _RELAXATION)
-        solver = self._solver(highspy, max(0.1, seconds - (time.perf_counter() - begin)))
+        solver = new_solver(highspy, max(0.1, seconds - (time.perf_counter() - begin)))
         solver.setOptionValue("mip_rel_gap", 1e-6)
         solver.passModel(self._model(highspy))
         solver.run()
@@ -361,19 +358,11 @@ class _Program:
             return None, bound, settled
         return self._steps(list(solver.getSolution().col_value)), bound, settled
 
-    @staticmethod
-    def _solver(highspy: Any, seconds: float) -> Any:
-        solver = highspy.Highs()
-        solver.setOptionValue("output_flag", False)
-        solver.setOptionValue("threads", 1)
-        solver.setOptionValue("time_limit", float(seconds))
-        return solver
-
     def _relaxation(self, highspy: Any, seconds: float) -> float:
         """The bound of the linear relaxation (0: not solved in time): the search often ends before it has its own."""
         model = self._model(highspy)
         model.integrality_ = [highspy.HighsVarType.kContinuous] * len(self.whole)
-        solver = self._solver(highspy, seconds)
+        solver = new_solver(highspy, seconds)
         solver.setOptionValue("solver", "ipm")
         solver.setOptionValue("run_crossover", "off")
         solver.passModel(model)
@@ -387,27 +376,7 @@ class _Program:
         return sum(self.cost) - 1.0
 
     def _model(self, highspy: Any) -> Any:
-        model = highspy.HighsLp()
-        model.num_col_, model.num_row_ = len(self.cost), len(self.rows)
-        model.col_cost_ = self.cost
-        model.col_lower_ = [0.0] * len(self.cost)
-        model.col_upper_ = self.upper
-        model.row_lower_ = [row[0] for row in self.rows]
-        model.row_upper_ = [row[1] for row in self.rows]
-        matrix = model.a_matrix_
-        matrix.format_ = highspy.MatrixFormat.kRowwise
-        starts, columns, values = [0], [], []
-        for _, _, terms in self.rows:
-            summed: dict[int, float] = {}
-            for column, value in terms:
-                summed[column] = summed.get(column, 0.0) + value
-            columns.extend(summed)
-            values.extend(summed.values())
-            starts.append(len(columns))
-        matrix.start_, matrix.index_, matrix.value_ = starts, columns, values
-        whole, real = highspy.HighsVarType.kInteger, highspy.HighsVarType.kContinuous
-        model.integrality_ = [whole if each else real for each in self.whole]
-        return model
+        return model_of(highspy, self.cost, [0.0] * len(self.cost), self.upper, self.rows, self.whole)
 
     def _steps(self, values: list[float]) -> list[tuple[Action, int, str]]:
         tier = self.path.tier if self.path is not None else "host"

@@ -11,11 +11,9 @@ otherwise each backward layer recomputes what it needs (memory-centric).
 from __future__ import annotations
 
 from headway.memory.swapping.decisions import Decision, fit
-from headway.memory.swapping.problem import Problem, Schedule
+from headway.memory.swapping.problem import EXPENSIVE_KINDS, Problem, Schedule
 
 __all__ = ["superneurons"]
-
-_EXPENSIVE = frozenset({"convolution", "matmul", "attention"})
 
 
 def superneurons(problem: Problem, budget_bytes: float) -> Schedule:
@@ -34,7 +32,7 @@ def superneurons(problem: Problem, budget_bytes: float) -> Schedule:
 
     for at in problem.saved:
         maker = problem.operations[problem.tensors[at].maker]
-        if maker.kind in _EXPENSIVE or not maker.repeatable or _is_join(problem, at, saved):
+        if maker.kind in EXPENSIVE_KINDS or not maker.repeatable or _is_join(problem, at, saved):
             close()
             if tier is not None:
                 swaps.append(Decision(tensor=at, action="swap", tier=tier))

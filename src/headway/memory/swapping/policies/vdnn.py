@@ -11,11 +11,9 @@ import bisect
 
 from headway.memory.swapping.decisions import Decision, backward_gap, program, refuse
 from headway.memory.swapping.pricing import price
-from headway.memory.swapping.problem import Problem, Schedule
+from headway.memory.swapping.problem import EXPENSIVE_KINDS, Problem, Schedule
 
 __all__ = ["all_layers", "convolutions"]
-
-_LAYERS = frozenset({"convolution", "matmul", "attention"})
 
 
 def convolutions(problem: Problem, budget_bytes: float) -> Schedule:
@@ -44,11 +42,7 @@ def _schedule(problem: Problem, budget_bytes: float, moved: set[int], policy: st
     problem.path(tier)
     stop = problem.forward_stop
     # Where each layer's backward begins.
-    layers = [
-        at
-        for at, operation in enumerate(problem.operations)
-        if at >= stop and any(word in operation.kind for word in _LAYERS)
-    ]
+    layers = [at for at, operation in enumerate(problem.operations) if at >= stop and operation.kind in EXPENSIVE_KINDS]
     decisions: list[Decision] = []
     for at in sorted(moved, key=lambda tensor: backward_gap(problem, tensor).after):
         gap = backward_gap(problem, at)
